@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What crosses from Python to the backends: plain structs of pointers, sizes and strides, and the entry
+// points. Knows nothing of torch, NumPy, pybind11 or CUDA. Every stride is in elements, not bytes.
+
+#pragma once
+
+#include <cstdint>
+
+namespace stfpm_ext {
+
+enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+/// Features of one network at one level, [B, C, H, W] in any memory layout.
+struct Features {
+  const void* data;
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+struct Level {
+  Features teacher;
+  Features student;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+};
+
+constexpr int kMaxLevels = 8;
+
+/// One call of the scorer. The outputs are contiguous: float64 for float64 features, otherwise float32.
+struct AnomalyMapParams {
+  DType dtype;
+  int num_levels;
+  Level levels[kMaxLevels];
+  int64_t batch;
+  int64_t height;  // of the map, in pixels
+  int64_t width;
+  void* map;    // [B, 1, height, width]
+  void* score;  // [B]
+};
+
+/// Computes maps and scores on at most `num_threads` threads; the result does not depend on their number.
+void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads);
+
+}  // namespace stfpm_ext

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The mathematics of the scorer, for host and device: the one place where the formulas stand.
+// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/anomaly_map.py in plain torch operations.
+//
+//   t = T / max(||T||, eps),  s = S / max(||S||, eps)     over the channels, eps = 1e-12
+//   d = 1/2 ||t - s||^2                                   (equation 1 of arXiv 2103.04257)
+//   M = product over the levels of upsample(d)            bilinear, half-pixel centres, no antialiasing
+//
+// d is computed from the dot products T.T, S.S and T.S, in double: a product of two float32 (or narrower) numbers
+// is exact there, so that one pass over the features is enough, nothing overflows, and the cancellation in
+// 1 - cos, which costs float32 half its digits at d = 1e-4, leaves an absolute error of 1e-15.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define STFPM_EXT_HOST_DEVICE __host__ __device__ inline
+#else
+#define STFPM_EXT_HOST_DEVICE inline
+#endif
+
+namespace stfpm_ext {
+// Internal linkage: each instruction set keeps its own copy, so that the linker cannot hand AVX-512 code to others.
+namespace {
+
+/// a * b + c, fused wherever the instruction set has it. Written out because the build turns contraction off.
+STFPM_EXT_HOST_DEVICE double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
+  return ::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+/// 1 / max(||x||, 1e-12), as torch.nn.functional.normalize has it; NaN stays NaN.
+STFPM_EXT_HOST_DEVICE double inverse_norm(double squared_norm) {
+  const double norm = ::sqrt(squared_norm);
+  return 1.0 / (norm < 1e-12 ? 1e-12 : norm);
+}
+
+/// d of one position, from T.T, S.S and T.S; exactly 0 where teacher and student are equal.
+STFPM_EXT_HOST_DEVICE double half_squared_distance(double teacher_teacher, double student_student,
+                                                   double teacher_student) {
+  const double a = inverse_norm(teacher_teacher);
+  const double b = inverse_norm(student_student);
+  const double distance = 0.5 * (teacher_teacher * a * a + student_student * b * b) - teacher_student * a * b;
+  return distance < 0.0 ? 0.0 : distance;
+}
+
+/// The two neighbours of an output pixel along one axis of a level, and their weights.
+template <class Real>
+struct Interpolation {
+  int64_t low, high;
+  Real low_weight, high_weight;
+};
+
+/// Source of output pixel `index` when `input_size` samples are stretched to `output_size` pixels.
+template <class Real>
+STFPM_EXT_HOST_DEVICE Interpolation<Real> interpolation(int64_t index, int64_t input_size, int64_t output_size) {
+  if (input_size == output_size) return {index, index, Real(1), Real(0)};
+  const double scale = static_cast<double>(input_size) / static_cast<double>(output_size);
+  double source = (static_cast<double>(index) + 0.5) * scale - 0.5;
+  if (source < 0.0) source = 0.0;
+  int64_t low = static_cast<int64_t>(source);
+  if (low > input_size - 1) low = input_size - 1;
+  const int64_t high = low < input_size - 1 ? low + 1 : low;
+  const Real high_weight = static_cast<Real>(source - static_cast<double>(low));
+  return {low, high, Real(1) - high_weight, high_weight};
+}
+
+}  // namespace
+}  // namespace stfpm_ext

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Python module _core: integers in, structs out, the GIL released. Its callers in anomaly_map.py have checked
+// every argument; _core.pyi says what they mean.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "anomaly_map.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace stfpm_ext;
+
+namespace {
+
+// teacher and student address, channels, height, width, then four strides of the teacher and four of the student
+using LevelTuple = std::array<int64_t, 13>;
+
+DType dtype_from(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw std::invalid_argument("dtype '" + name + "' is not supported");
+}
+
+void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels, int64_t batch, int64_t height,
+                 int64_t width, uintptr_t map, uintptr_t score, int num_threads) {
+  AnomalyMapParams params{};
+  params.dtype = dtype_from(dtype);
+  if (levels.empty() || levels.size() > kMaxLevels) throw std::invalid_argument("1 to 8 levels are supported");
+  params.num_levels = static_cast<int>(levels.size());
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const LevelTuple& v = levels[i];
+    params.levels[i] = {{reinterpret_cast<const void*>(v[0]), v[5], v[6], v[7], v[8]},
+                        {reinterpret_cast<const void*>(v[1]), v[9], v[10], v[11], v[12]},
+                        v[2],
+                        v[3],
+                        v[4]};
+  }
+  params.batch = batch;
+  params.height = height;
+  params.width = width;
+  params.map = reinterpret_cast<void*>(map);
+  params.score = reinterpret_cast<void*>(score);
+  const py::gil_scoped_release release;
+  anomaly_map_cpu(params, num_threads);
+}
+
+std::vector<std::string> names_of(const std::vector<const Kernels*>& all) {
+  std::vector<std::string> names;
+  for (const Kernels* kernel : all) names.emplace_back(kernel->isa);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.attr("__version__") = STFPM_EXT_VERSION;
+  module.attr("compiler") = STFPM_EXT_COMPILER;
+  module.attr("built_isas") = built_isas();
+  module.attr("available_isas") = names_of(available_kernels());
+  module.attr("cuda_architectures") = std::vector<std::string>{};
+  module.def("selected_isa", [] { return std::string(kernels().isa); });
+  module.def("anomaly_map", &anomaly_map, py::arg("dtype"), py::arg("levels"), py::arg("batch"), py::arg("height"),
+             py::arg("width"), py::arg("map"), py::arg("score"), py::arg("num_threads"));
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The scorer on the CPU: distance maps of all levels first, then the pixels, both shared out over threads in pieces
+// whose borders do not depend on the number of threads or images.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "../anomaly_map.h"
+#include "../anomaly_map_math.h"
+#include "dispatch.h"
+
+namespace stfpm_ext {
+namespace {
+
+constexpr int64_t kPositionsPerTask = 4 * kTile;
+constexpr int64_t kRowsPerTask = 32;
+// Starting a thread takes some 20 us, in which a core reads about this much.
+constexpr int64_t kBytesPerThread = 256 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+/// Tasks 0 to `count` - 1, taken by whichever thread is free.
+class TaskQueue {
+ public:
+  explicit TaskQueue(int64_t count) : count_(count) {}
+
+  template <class Task>
+  void work(const Task& task) {
+    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+      task(index);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  /// Returns once every task is done. Tasks still under way are with running threads, so the wait is short.
+  void wait() const {
+    while (done_.load(std::memory_order_acquire) < count_) std::this_thread::yield();
+  }
+
+ private:
+  const int64_t count_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
+/// Runs `body` on the caller's thread and up to `num_threads` - 1 others. They live for one call only: nothing to
+/// survive a fork or the interpreter's end, no pool beside torch's. With fewer threads than asked, the rest do the
+/// work.
+template <class Body>
+void run_team(int64_t num_threads, const Body& body) {
+  std::vector<std::thread> others;
+  try {
+    others.reserve(static_cast<size_t>(std::max<int64_t>(num_threads - 1, 0)));
+    while (static_cast<int64_t>(others.size()) < num_threads - 1) others.emplace_back(body);
+  } catch (const std::system_error&) {
+    // The system grants no more threads.
+  }
+  body();
+  for (std::thread& other : others) other.join();
+}
+
+/// Source columns of a level for every column of the map.
+template <class Real>
+struct ColumnTable {
+  std::vector<int32_t> low, high;
+  std::vector<Real> low_weight, high_weight;
+
+  ColumnTable(int64_t level_width, int64_t width) {
+    for (auto* indices : {&low, &high}) indices->reserve(static_cast<size_t>(width));
+    for (auto* weights : {&low_weight, &high_weight}) weights->reserve(static_cast<size_t>(width));
+    for (int64_t x = 0; x < width; ++x) {
+      const auto source = interpolation<Real>(x, level_width, width);
+      low.push_back(static_cast<int32_t>(source.low));
+      high.push_back(static_cast<int32_t>(source.high));
+      low_weight.push_back(source.low_weight);
+      high_weight.push_back(source.high_weight);
+    }
+  }
+
+  Columns columns() const { return {low.data(), high.data(), low_weight.data(), high_weight.data()}; }
+};
+
+/// A stretch of one image's positions at one level.
+struct DistanceTask {
+  int level;
+  int64_t image, begin, end;
+};
+
+template <class Real>
+void anomaly_map_of(const AnomalyMapParams& params, int64_t num_threads) {
+  const Kernels& kernel = kernels();
+
+  std::vector<ColumnTable<Real>> tables;
+  std::vector<Columns> columns;
+  std::vector<int64_t> level_offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
+  std::vector<DistanceTask> distance_tasks;
+  int64_t feature_bytes = 0;
+  for (int index = 0; index < params.num_levels; ++index) {
+    const Level& level = params.levels[index];
+    const int64_t positions = level.height * level.width;
+    tables.emplace_back(level.width, params.width);
+    columns.push_back(tables.back().columns());
+    level_offset.push_back(level_offset.back() + params.batch * positions);
+    feature_bytes += 2 * params.batch * positions * level.channels * element_size(params.dtype);
+  }
+  for (int64_t image = 0; image < params.batch; ++image)
+    for (int index = 0; index < params.num_levels; ++index) {
+      const int64_t positions = params.levels[index].height * params.levels[index].width;
+      for (int64_t begin = 0; begin < positions; begin += kPositionsPerTask)
+        distance_tasks.push_back({index, image, begin, std::min(begin + kPositionsPerTask, positions)});
+    }
+  const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back())]);
+  const auto distance_map = [&](int level, int64_t image) {
+    return distances.get() + level_offset[static_cast<size_t>(level)] +
+           image * params.levels[level].height * params.levels[level].width;
+  };
+
+  const int64_t blocks = ceil_div(params.height, kRowsPerTask);  // of rows, in each image
+  std::vector<double> block_maximum(static_cast<size_t>(params.batch * blocks));
+  const int64_t scratch_size = 2 * params.num_levels * params.width;
+  const int64_t pixels = params.height * params.width;
+
+  TaskQueue distance_queue(static_cast<int64_t>(distance_tasks.size()));
+  TaskQueue row_queue(params.batch * blocks);
+  const int64_t bytes = feature_bytes + params.batch * pixels * static_cast<int64_t>(sizeof(Real));
+  run_team(std::min(num_threads, ceil_div(bytes, kBytesPerThread)), [&] {
+    distance_queue.work([&](int64_t index) {
+      const DistanceTask& task = distance_tasks[static_cast<size_t>(index)];
+      kernel.distances(params.dtype, params.levels[task.level], task.image, task.begin, task.end,
+                       distance_map(task.level, task.image));
+    });
+    const std::unique_ptr<Real[]> scratch(new Real[static_cast<size_t>(scratch_size)]);
+    distance_queue.wait();
+    row_queue.work([&](int64_t index) {
+      const int64_t image = index / blocks, begin = index % blocks * kRowsPerTask;
+      const void* image_distances[kMaxLevels] = {};
+      for (int level = 0; level < params.num_levels; ++level) image_distances[level] = distance_map(level, image);
+      block_maximum[static_cast<size_t>(index)] =
+          kernel.rows(params, image_distances, columns.data(), begin, std::min(begin + kRowsPerTask, params.height),
+                      static_cast<Real*>(params.map) + image * pixels, scratch.get());
+    });
+  });
+
+  for (int64_t image = 0; image < params.batch; ++image) {
+    double score = block_maximum[static_cast<size_t>(image * blocks)];
+    for (int64_t block = 1; block < blocks; ++block) {
+      const double maximum = block_maximum[static_cast<size_t>(image * blocks + block)];
+      if (maximum > score || std::isnan(maximum)) score = maximum;
+      if (std::isnan(score)) break;
+    }
+    static_cast<Real*>(params.score)[image] = static_cast<Real>(score);
+  }
+}
+
+}  // namespace
+
+void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads) {
+  if (params.dtype == DType::kFloat64)
+    anomaly_map_of<double>(params, num_threads);
+  else
+    anomaly_map_of<float>(params, num_threads);
+}
+
+}  // namespace stfpm_ext

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The table of loops that every instruction set fills. kernels.cpp is compiled once for each of them; nothing but
+// its table, kernels_<isa>, is visible outside. dispatch.h chooses one.
+
+#pragma once
+
+#include "../anomaly_map.h"
+
+namespace stfpm_ext {
+
+/// Positions of a level are handed out in multiples of this, whatever the number of threads.
+constexpr int64_t kTile = 256;
+
+/// How the columns of a level map onto the columns of the map: `width` entries each. Real: float or double.
+struct Columns {
+  const int32_t* low;
+  const int32_t* high;
+  const void* low_weight;   // Real
+  const void* high_weight;  // Real
+};
+
+/// The loops over one image. Real is double for float64 features and float otherwise.
+struct Kernels {
+  const char* isa;
+
+  /// Writes the distances d (Real) of positions [begin, end) of one level, row-major; begin is a multiple of kTile.
+  void (*distances)(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* distances);
+
+  /// Writes rows [begin, end) of one image's map and returns their maximum, or NaN if there is one.
+  /// `distances[l]`: the image's distances at level l, [height, width]. `scratch`: 2 * num_levels * width Reals.
+  double (*rows)(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t begin,
+                 int64_t end, void* map, void* scratch);
+};
+
+}  // namespace stfpm_ext

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What several test files share: the machine in pytest's header, feature pyramids, a small data set, a shell."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from anomalib_stfpm_ext import _core
+
+# Channels and stride of each level, as the backbones' feature pyramids have them.
+PYRAMIDS = {
+    "resnet18": ((64, 4), (128, 8), (256, 16)),
+    "wide_resnet50_2": ((256, 4), (512, 8), (1024, 16)),
+    "tf_efficientnet_lite0": ((24, 4), (40, 8), (112, 16)),
+}
+
+
+def pytest_report_header() -> str:
+    return (
+        f"scorer: {_core.selected_isa()} of {', '.join(_core.built_isas)}, built by {_core.compiler}; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+
+
+def make_features(
+    pyramid: tuple[tuple[int, int], ...],
+    batch: int,
+    image_size: tuple[int, int],
+    noise: float = 0.1,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Teacher's features and the student's, which are the teacher's and noise."""
+    rng = np.random.default_rng(seed)
+    teacher, student = [], []
+    for channels, stride in pyramid:
+        shape = (batch, channels, *(-(-size // stride) for size in image_size))
+        teacher.append(rng.standard_normal(shape).astype(dtype))
+        student.append((teacher[-1] + noise * rng.standard_normal(shape)).astype(dtype))
+    return teacher, student
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script in a new interpreter, away from the source tree, and return what it printed."""
+
+    def run(script: str, *options: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [sys.executable, *options, "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def resnet18_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a whole ResNet18, classifier included, as torchvision ships them; the values are random."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(timm.create_model("resnet18", zero_init_last=False).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a data set for anomalib's Folder: noise, with a red patch in the bad images."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for folder, count in (("good", 8), ("good_test", 4), ("bad", 4)):
+        (root / folder).mkdir()
+        for index in range(count):
+            pixels = rng.normal(128, 20, (48, 64, 3)).clip(0, 255).astype(np.uint8)
+            if folder == "bad":
+                pixels[10:30, 20:40] = (255, 0, 0)
+            Image.fromarray(pixels).save(root / folder / f"{index}.png")
+    return root
