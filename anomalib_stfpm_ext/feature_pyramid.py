@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The network on either side of STFPM: a timm backbone that returns the features of named levels."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import nn
+
+
+class FeaturePyramid(nn.Module):
+    """Features of a timm backbone at several levels.
+
+    Args:
+        backbone (str): timm's name of the network, with or without a tag for its weights.
+        layers (Sequence[str]): The levels, by the names that timm gives them (``feature_info``).
+
+    Raises:
+        ValueError: If timm does not know the backbone, if it has no feature pyramid, or if one of the layers is not
+            part of it.
+
+    Example:
+        >>> import torch
+        >>> from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid
+        >>> pyramid = FeaturePyramid("resnet18", ["layer1", "layer2"])
+        >>> {name: tuple(features.shape) for name, features in pyramid(torch.zeros(1, 3, 64, 64)).items()}
+        {'layer1': (1, 64, 16, 16), 'layer2': (1, 128, 8, 8)}
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.layers = list(layers)
+        self.feature_extractor = timm.create_model(
+            backbone, pretrained=False, features_only=True, out_indices=_layer_indices(backbone, layers)
+        )
+        # Swin and its like return (B, H, W, C).
+        self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Extract the features.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            dict[str, torch.Tensor]: Features ``(B, C, H_l, W_l)`` by level, in the order of ``layers``.
+        """
+        features = self.feature_extractor(images)
+        if self.channels_last_output:
+            features = [level.permute(0, 3, 1, 2) for level in features]
+        by_index = dict(zip(self.feature_extractor.feature_info.module_name(), features, strict=True))
+        return {layer: by_index[layer] for layer in self.layers}
+
+
+class Teacher(FeaturePyramid):
+    """A pretrained feature pyramid that never changes: no gradients, always in evaluation mode.
+
+    Args:
+        backbone (str): As in :class:`FeaturePyramid`.
+        layers (Sequence[str]): As in :class:`FeaturePyramid`.
+        weights (str | Path | bool): A local ``.pth`` or ``.safetensors`` file with the backbone's weights; ``True``
+            for timm's pretrained ones, from its cache or the internet; ``False`` for none, when a checkpoint that
+            holds the teacher is about to be loaded.
+
+    Raises:
+        FileNotFoundError: If the file of weights does not exist.
+        ValueError: If it cannot be read, or lacks tensors of the backbone or has them in other shapes.
+        RuntimeError: If timm's pretrained weights cannot be had.
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str], weights: str | Path | bool = True) -> None:
+        super().__init__(backbone, layers)
+        if weights is True:
+            self._load_pretrained()
+        elif weights is not False:
+            self._load_file(Path(weights))
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Exclude the teacher from training."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
+        """Stay in evaluation mode, whatever Lightning asks for."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Extract the features without gradients; see :meth:`FeaturePyramid.forward`."""
+        with torch.no_grad():
+            return super().forward(images)
+
+    def _load_pretrained(self) -> None:
+        try:
+            pretrained = timm.create_model(
+                self.backbone,
+                pretrained=True,
+                features_only=True,
+                out_indices=self.feature_extractor.feature_info.out_indices,
+            )
+        except Exception as error:
+            msg = (
+                f"teacher_weights: timm's pretrained weights of {self.backbone!r} cannot be had "
+                f"({type(error).__name__}). Without internet, give a local .pth or .safetensors file instead."
+            )
+            raise RuntimeError(msg) from error
+        self.feature_extractor.load_state_dict(pretrained.state_dict())
+
+    def _load_file(self, path: Path) -> None:
+        if not path.is_file():
+            msg = f"teacher_weights: wanted a local .pth or .safetensors file, got {str(path)!r}, which does not exist"
+            raise FileNotFoundError(msg)
+        try:
+            file_weights = load_state_dict(str(path), use_ema=False, weights_only=True)
+        except Exception as error:
+            msg = f"teacher_weights: {str(path)!r} cannot be read as a file of weights: {error}"
+            raise ValueError(msg) from error
+        weights, wrong = {}, []
+        for name, tensor in self.feature_extractor.state_dict().items():
+            found = _find_tensor(file_weights, name)
+            if found is not None and found.shape == tensor.shape:
+                weights[name] = found
+            elif not name.endswith("num_batches_tracked"):  # absent from old files, and of no effect
+                wrong.append(
+                    f"{name} {'is missing' if found is None else f'is {tuple(found.shape)}'}"
+                    f", wanted {tuple(tensor.shape)}"
+                )
+        if wrong:
+            msg = f"teacher_weights: {str(path)!r} does not fit {self.backbone!r}: {_shorten(wrong)}"
+            raise ValueError(msg)
+        self.feature_extractor.load_state_dict(weights, strict=False)
+
+
+class Student(FeaturePyramid):
+    """An untrained feature pyramid, initialised as torchvision does.
+
+    timm starts the last batch norm of every residual block at zero, torchvision (and so the paper) at one.
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str]) -> None:
+        super().__init__(backbone, layers)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+                nn.init.ones_(module.weight)
+
+
+def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
+    """Return timm's indices of the layers, ascending."""
+    if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+        msg = f"layers: wanted a list of names, got {layers!r}"
+        raise TypeError(msg)
+    known = _pyramid_layers(backbone)
+    unknown = [layer for layer in layers if layer not in known]
+    if unknown or not layers or len(set(layers)) < len(layers):
+        msg = f"layers: wanted one or more of {known}, each once, for backbone {backbone!r}, got {list(layers)}"
+        raise ValueError(msg)
+    return tuple(sorted(known.index(layer) for layer in layers))
+
+
+def _pyramid_layers(backbone: str) -> list[str]:
+    """Return the names of the levels that a backbone has, from fine to coarse."""
+    if not isinstance(backbone, str):
+        msg = f"backbone: wanted the name of a timm model, got {type(backbone).__qualname__}"
+        raise TypeError(msg)
+    architecture, _, tag = backbone.partition(".")
+    if not timm.is_model(architecture):
+        similar = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        msg = f"backbone: timm has no model {backbone!r}" + (
+            f"; similar names: {', '.join(similar)}" if similar else ""
+        )
+        raise ValueError(msg)
+    if tag and not timm.is_model_pretrained(backbone):
+        tags = timm.list_pretrained(f"{architecture}.*")
+        msg = f"backbone: timm has no weights {tag!r} of {architecture!r}, only {', '.join(tags)}"
+        raise ValueError(msg)
+    try:
+        with torch.device("meta"):
+            info = timm.create_model(backbone, pretrained=False, features_only=True).feature_info
+        strides = {level["reduction"] for level in info.info}
+    except Exception as error:
+        msg = f"backbone: timm offers no feature pyramid of {backbone!r}: {error}"
+        raise ValueError(msg) from error
+    if len(strides) < 2:
+        msg = f"backbone: {backbone!r} has no feature pyramid, all its levels have stride {strides.pop()}"
+        raise ValueError(msg)
+    return [level["module"] for level in info.info]
+
+
+def _find_tensor(weights: Mapping[str, Any], name: str) -> torch.Tensor | None:
+    """Find a tensor of timm's feature extractor in the state dict of a whole network."""
+    found = (weights[candidate] for candidate in _names_in_network(name) if candidate in weights)
+    return next((tensor for tensor in found if isinstance(tensor, torch.Tensor)), None)
+
+
+def _names_in_network(name: str) -> Iterator[str]:
+    yield name
+    first, _, rest = name.partition(".")
+    yield rest  # "model." and "body." of timm's FeatureGetterNet and FeatureHookNet
+    yield f"{'.'.join(first.rsplit('_', 1))}.{rest}"  # "stages_0." of its FeatureListNet, for "stages.0."
+
+
+def _shorten(items: Sequence[str], most: int = 5) -> str:
+    more = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more

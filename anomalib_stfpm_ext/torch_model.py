@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""STFPM as a torch module: images in, anomaly map and score out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+
+from .feature_pyramid import Student, Teacher
+from .scorer import anomaly_map
+
+if TYPE_CHECKING:
+    from anomalib.data.utils.tiler import Tiler
+
+
+class StfpmExtModel(nn.Module):
+    """Teacher, student and scorer.
+
+    Args:
+        backbone (str): timm's name of the network of teacher and student.
+        layers (Sequence[str]): The levels that are compared.
+        teacher_weights (str | Path | bool): See :class:`anomalib_stfpm_ext.feature_pyramid.Teacher`.
+
+    Attributes:
+        tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
+
+    Example:
+        >>> import torch
+        >>> from anomalib_stfpm_ext import StfpmExtModel
+        >>> model = StfpmExtModel("resnet18", ["layer1", "layer2"], teacher_weights=False).eval()
+        >>> model(torch.zeros(2, 3, 64, 64)).anomaly_map.shape
+        torch.Size([2, 1, 64, 64])
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str], teacher_weights: str | Path | bool = True) -> None:
+        super().__init__()
+        self.tiler: Tiler | None = None
+        self.teacher_model = Teacher(backbone, layers, teacher_weights)
+        self.student_model = Student(backbone, layers)
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions; the scorer reads any
+
+    def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch:
+        """Compare teacher and student.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
+                teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
+        """
+        image_size = images.shape[-2:]
+        if self.tiler:
+            images = self.tiler.tile(images)
+        teacher, student = self.teacher_model(images), self.student_model(images)
+        if self.tiler:
+            teacher = {level: self.tiler.untile(features) for level, features in teacher.items()}
+            student = {level: self.tiler.untile(features) for level, features in student.items()}
+        if self.training:
+            return teacher, student
+        amap, score = anomaly_map(teacher, student, image_size)
+        return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))

