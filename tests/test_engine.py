@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""StfpmExt through stock anomalib: every subcommand, checkpoints, seeds, exports."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from anomalib.data import Folder, PredictDataset
+from anomalib.deploy import TorchInferencer
+from anomalib.engine import Engine
+
+from anomalib_stfpm_ext import StfpmExt
+
+
+def folder(images: Path, **arguments) -> Folder:
+    return Folder(
+        name="noise",
+        root=images,
+        normal_dir="good",
+        normal_test_dir="good_test",
+        abnormal_dir="bad",
+        train_batch_size=4,
+        num_workers=0,
+        seed=0,
+        **arguments,
+    )
+
+
+def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Engine, StfpmExt, list[dict[str, float]]]:
+    from lightning.pytorch import seed_everything
+
+    seed_everything(seed)
+    engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=output, logger=False)
+    model = StfpmExt("resnet18", teacher_weights=weights, lr=0.1, visualizer=False)
+    return engine, model, engine.train(model, datamodule=folder(images))
+
+
+def scores(model: StfpmExt, images: Path, **arguments) -> torch.Tensor:
+    engine = Engine(accelerator="cpu", logger=False, default_root_dir=images / "results")
+    batches = engine.predict(model, dataset=PredictDataset(images / "bad"), **arguments)
+    return torch.cat([batch.pred_score.flatten() for batch in batches])
+
+
+@pytest.fixture(scope="module")
+def trained(images, resnet18_weights, tmp_path_factory):
+    engine, model, metrics = train(images, resnet18_weights, tmp_path_factory.mktemp("trained"))
+    return model, Path(engine.trainer.checkpoint_callback.best_model_path), metrics
+
+
+def test_training_learns_to_tell_good_from_bad(trained):
+    assert trained[2][0]["image_AUROC"] == 1.0
+
+
+def test_same_seed_same_scores(trained, images, resnet18_weights, tmp_path):
+    again = train(images, resnet18_weights, tmp_path)[1]
+    other = train(images, resnet18_weights, tmp_path, seed=1)[1]
+    assert torch.equal(scores(again, images), scores(trained[0], images))
+    assert not torch.equal(scores(other, images), scores(trained[0], images))
+
+
+def test_checkpoint_loads_without_the_teachers_file(trained, images):
+    model, checkpoint, _ = trained
+    expected = scores(model, images)
+    assert torch.equal(scores(StfpmExt.load_from_checkpoint(checkpoint), images), expected)
+    assert torch.equal(scores(StfpmExt("resnet18", teacher_weights=False), images, ckpt_path=checkpoint), expected)
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["hyper_parameters"]["backbone"] == "resnet18"
+
+
+def test_exports_give_the_maps_of_the_model(trained, tmp_path):
+    model = StfpmExt.load_from_checkpoint(trained[1]).eval()
+    images = torch.rand(2, 3, 256, 256)
+    with torch.no_grad():
+        expected = model(images)
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
+    outputs = [output.name for output in session.get_outputs()]
+    result = dict(zip(outputs, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
+    np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(result["pred_score"], expected.pred_score, rtol=1e-4)
+
+    os.environ["TRUST_REMOTE_CODE"] = "1"
+    inferencer = TorchInferencer(model.to_torch(tmp_path), device="cpu")
+    prediction = inferencer.predict(images[0].permute(1, 2, 0).numpy())
+    torch.testing.assert_close(
+        prediction.anomaly_map.squeeze(), expected.anomaly_map[0].squeeze(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_compiled_and_exported_model_hold_the_fused_operator(trained):
+    model = trained[0].model.eval()
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
+        exported = torch.export.export(model, (images,))
+    torch.testing.assert_close(compiled.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=0)
+    assert "anomalib_stfpm_ext.anomaly_map" in str(exported.graph)
+
+
+def anomalib(*arguments: str, cwd: Path) -> str:
+    """Run the stock command line as a user would."""
+    command = [str(Path(sys.executable).with_name("anomalib")), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def test_command_line(images, tmp_path):
+    """Train from a YAML, then every other subcommand on the checkpoint, with each way to name the class."""
+    data = {"name": "noise", "root": str(images), "normal_dir": "good", "normal_test_dir": "good_test"}
+    data |= {"abnormal_dir": "bad", "num_workers": 0, "train_batch_size": 4}
+    model = {"backbone": "test_resnet", "layers": ["layer1", "layer3"], "teacher_weights": False, "lr": 0.1}
+    trainer = {"max_epochs": 1, "logger": False, "accelerator": "cpu"}
+
+    def config(class_path: str) -> Path:
+        path = tmp_path / f"{class_path}.yaml"
+        content = {
+            "seed_everything": 0,
+            "model": {"class_path": class_path, "init_args": model},
+            "data": {"class_path": "Folder", "init_args": data},
+            "trainer": trainer,
+        }
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    help_text = anomalib("train", "--model.help", "StfpmExt", cwd=tmp_path)
+    for argument in ("backbone", "layers", "teacher_weights", "lr", "momentum", "weight_decay"):
+        assert f"--model.{argument} " in help_text
+    output = anomalib("train", "--config", config("StfpmExt"), cwd=tmp_path)
+    assert "image_AUROC" in output
+    assert list(tmp_path.glob("results/StfpmExt/noise/v0/images/bad/*.png"))
+    checkpoint = tmp_path / "results/StfpmExt/noise/v0/weights/lightning/model.ckpt"
+    for subcommand, class_path in (("test", "anomalib.models.StfpmExt"), ("validate", "anomalib_stfpm_ext.StfpmExt")):
+        anomalib(subcommand, "--config", config(class_path), "--ckpt_path", checkpoint, cwd=tmp_path)
+    anomalib("fit", "--config", config("StfpmExt"), cwd=tmp_path)
+    named = ["--model", "StfpmExt", "--model.backbone", "test_resnet", "--model.layers", "[layer1,layer3]"]
+    named += ["--model.teacher_weights", "false", "--ckpt_path", checkpoint]
+    anomalib("predict", *named, "--data", images / "bad", cwd=tmp_path)
+    anomalib("export", *named, "--export_type", "torch", cwd=tmp_path)
+    assert list(tmp_path.glob("results/**/model.pt"))
+
+
+def test_benchmark(images, tmp_path):
+    """The benchmark of anomalib offers no number of epochs, so it trains Lightning's 1000, here of one small step."""
+    one = tmp_path / "one"
+    for role in ("good", "good_test", "bad"):
+        (one / role).mkdir(parents=True)
+        (one / role / "0.png").write_bytes((images / role / "0.png").read_bytes())
+    init_args = {"backbone": "test_resnet", "layers": ["layer1"], "teacher_weights": False, "visualizer": False}
+    data = {
+        "name": "one",
+        "root": str(one),
+        "normal_dir": "good",
+        "normal_test_dir": "good_test",
+        "abnormal_dir": "bad",
+    }
+    benchmark = {
+        "seed": 0,
+        "model": {"class_path": "anomalib_stfpm_ext.StfpmExt", "init_args": init_args | {"pre_processor": False}},
+        "data": {"class_path": "Folder", "init_args": data | {"num_workers": 0, "val_split_mode": "same_as_test"}},
+    }
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump({"accelerator": ["cpu"], "benchmark": benchmark}))
+    anomalib("benchmark", "--config", "benchmark.yaml", cwd=tmp_path)
+    with next(tmp_path.glob("runs/benchmark/*/results.csv")).open() as file:
+        assert "image_AUROC" in next(csv.DictReader(file))
+
+
+def test_diagnosis(python):
+    result = python("import runpy; runpy.run_module('anomalib_stfpm_ext', run_name='__main__')", check=False)
+    assert result.returncode == 0, result.stdout
+    assert "anomalib knows it    yes" in result.stdout
+    assert "NO:" not in result.stdout

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""anomalib knows StfpmExt without an import by the user, and nobody suffers if something goes wrong."""
+
+import pytest
+
+KNOWN = """
+import anomalib.models
+from anomalib.models import get_model, list_models
+assert "stfpm_ext" in list_models()
+from anomalib_stfpm_ext import StfpmExt
+assert anomalib.models.StfpmExt is StfpmExt
+assert sum(cls.__name__ == "StfpmExt" for cls in anomalib.models.AnomalibModule.__subclasses__()) == 1
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import torch",
+        "import anomalib",
+        "import anomalib.models.image.stfpm",
+        "import anomalib.data",
+        "import anomalib.engine",
+        "import anomalib_stfpm_ext",
+        "from anomalib_stfpm_ext import anomaly_map",
+        "from anomalib_stfpm_ext import StfpmExt",
+        "import anomalib_stfpm_ext.lightning_model",
+    ],
+)
+def test_any_import_order(python, first):
+    result = python(first + KNOWN, "-W", "error::RuntimeWarning")
+    assert "StfpmExt" not in result.stderr
+
+
+def test_get_model(python):
+    python(
+        """
+from anomalib.models import get_model
+off = {"teacher_weights": False}
+for model in (
+    get_model("stfpm_ext", **off),
+    get_model("StfpmExt", **off),
+    *(get_model({"class_path": path, "init_args": off})
+      for path in ("StfpmExt", "anomalib.models.StfpmExt", "anomalib_stfpm_ext.StfpmExt")),
+):
+    assert type(model).__name__ == "StfpmExt"
+"""
+    )
+
+
+def test_spawned_process(python, tmp_path):
+    (tmp_path / "child.py").write_text(
+        "def names(_):\n    from anomalib.models import list_models\n    return list_models()\n"
+    )
+    python(
+        """
+import multiprocessing, sys
+sys.path.insert(0, "")
+import child
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert "stfpm_ext" in pool.map(child.names, [0])[0]
+"""
+    )
+
+
+def test_import_torch_leaves_anomalib_alone(python):
+    python("import sys, torch; assert not [name for name in sys.modules if name.startswith('anomalib')]")
+
+
+def test_interpreter_start_loads_one_small_module(python):
+    script = "import sys; print(*sorted(sys.modules))"
+    ours = set(python(script).stdout.split()) - set(python(script, "-S").stdout.split())
+    assert "_anomalib_stfpm_ext_autoload" in ours
+    assert not [name for name in ours if name.startswith("anomalib") or name in ("torch", "numpy", "typing")]
+
+
+def test_failure_is_one_warning(python):
+    break_it = "import sys; sys.modules['anomalib_stfpm_ext._core'] = None\n"
+    result = python(break_it + "import torch, anomalib.models\nassert 'stfpm' in anomalib.models.list_models()")
+    assert result.stderr.count("StfpmExt is not registered with anomalib: ModuleNotFoundError: import of") == 1
+    result = python(break_it + "import anomalib.models", "-W", "error::RuntimeWarning")
+    assert result.stderr.count("StfpmExt is not registered with anomalib") == 1
+
+
+def test_installed_package_wins_over_a_source_tree(python, tmp_path):
+    (tmp_path / "anomalib_stfpm_ext").mkdir()
+    (tmp_path / "anomalib_stfpm_ext" / "__init__.py").write_text("raise SystemExit('the source tree was imported')")
+    python("from anomalib_stfpm_ext import anomaly_map")
