@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Says how good and how fast the demo's model is, and puts its pictures where a person looks at them."""
+
+import argparse
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from anomalib.data import Folder
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torchmetrics.functional.classification import binary_auroc, binary_f1_score
+
+from anomalib_stfpm_ext import StfpmExt, anomaly_map
+
+PICTURES_PER_ROLE = 8
+
+
+class PartTimer:
+    """Adds up the seconds that each part of the model takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __call__(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on the part's account, and return its result."""
+        start = time.perf_counter()
+        result = function(*arguments)
+        self.seconds[part] += time.perf_counter() - start
+        return result
+
+
+@torch.inference_mode()
+def score_cells(
+    model: StfpmExt, cells: Folder
+) -> tuple[list[Path], torch.Tensor, torch.Tensor, torch.Tensor, PartTimer]:
+    """Score every test image, one at a time as on an inspection line.
+
+    Args:
+        model (StfpmExt): The trained model.
+        cells (Folder): The images.
+
+    Returns:
+        tuple: Paths, scores, labels and anomaly maps of all images, and the time of the model's parts.
+    """
+    cells.setup()
+    stfpm, timer = model.eval().model, PartTimer()
+    paths, scores, labels, maps = [], [], [], []
+    for item in track(cells.test_data, description="scoring"):
+        image = timer("resize, normalise", model.pre_processor.transform, item.image[None])
+        teacher = timer("teacher", stfpm.teacher_model, image)
+        student = timer("student", stfpm.student_model, image)
+        amap, score = timer("map", anomaly_map, teacher, student, image.shape[-2:])
+        paths.append(Path(item.image_path))
+        scores.append(score)
+        labels.append(item.gt_label)
+        maps.append(amap[0, 0])
+    return paths, torch.cat(scores), torch.stack(labels).int(), torch.stack(maps), timer
+
+
+def print_results(scores: torch.Tensor, labels: torch.Tensor, threshold: float, timer: PartTimer) -> None:
+    """Print accuracy and time per image.
+
+    Args:
+        scores (torch.Tensor): Image scores ``(N,)``.
+        labels (torch.Tensor): 1 for defective images ``(N,)``.
+        threshold (float): Score from which on an image counts as defective.
+        timer (PartTimer): Time of the model's parts over all images.
+    """
+    table = Table(title="Monocrystalline solar cells (ELPV)", show_header=False)
+    table.add_row("test images", f"{int((labels == 0).sum())} good, {int(labels.sum())} defective")
+    table.add_row("image AUROC", f"{binary_auroc(scores, labels):.3f}")
+    table.add_row("F1 (threshold chosen on these images)", f"{binary_f1_score(scores > threshold, labels):.3f}")
+    table.add_section()
+    for part, seconds in timer.seconds.items():
+        table.add_row(f"{part}, seconds per image", f"{seconds / len(scores):.5f}")
+    table.add_row("all of it, seconds per image", f"{sum(timer.seconds.values()) / len(scores):.5f}")
+    Console().print(table)
+
+
+def pick(scores: torch.Tensor, labels: torch.Tensor, label: int) -> list[int]:
+    """Pick images of one label, evenly spread from the lowest score to the highest: the failures too."""
+    indices = (labels == label).nonzero().flatten()
+    indices = indices[scores[indices].argsort()]
+    return indices[torch.linspace(0, len(indices) - 1, PICTURES_PER_ROLE).round().long()].tolist()
+
+
+def draw_sheet(file: Path, rows: list[tuple[str, list[np.ndarray], list[str]]], **colours: Any) -> None:
+    """Draw rows of pictures with a caption under each.
+
+    Args:
+        file (Path): The PNG file to be written.
+        rows (list[tuple[str, list[np.ndarray], list[str]]]): Title, pictures and captions of each row.
+        colours (Any): How matplotlib shows pictures without colour.
+    """
+    height, width = rows[0][1][0].shape[:2]
+    size = (2 * PICTURES_PER_ROLE, len(rows) * (2 * height / width + 0.4))
+    figure, axes = plt.subplots(len(rows), PICTURES_PER_ROLE, figsize=size)
+    for row_axes, (title, pictures, captions) in zip(axes, rows, strict=True):
+        row_axes[0].set_ylabel(title)
+        for axis, picture, caption in zip(row_axes, pictures, captions, strict=True):
+            axis.imshow(picture, **colours)
+            axis.set(xticks=[], yticks=[], xlabel=caption)
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Report on the checkpoint given on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="the trained model")
+    parser.add_argument("output", type=Path, help="folder of the demo; pictures go to its folder pictures")
+    arguments = parser.parse_args()
+
+    model = StfpmExt.load_from_checkpoint(arguments.checkpoint)
+    cells = Folder(
+        "elpv",
+        root=arguments.output / "elpv",
+        normal_dir="good",
+        normal_test_dir="good_test",
+        abnormal_dir="defective",
+        val_split_mode="same_as_test",
+        num_workers=0,
+    )
+    paths, scores, labels, maps, timer = score_cells(model, cells)
+    threshold = float(model.post_processor.image_threshold)
+    print_results(scores, labels, threshold, timer)
+
+    overlays = arguments.checkpoint.resolve().parents[2] / "images"  # anomalib's, made while it tested the model
+    pictures = arguments.output / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir()
+    overlay_rows, map_rows = [], []
+    for title, label in (("good", 0), ("defective", 1)):
+        picked = pick(scores, labels, label)
+        captions = [f"score / threshold {scores[index] / threshold:.2f}" for index in picked]
+        for index in picked:
+            shutil.copy(
+                overlays / paths[index].parent.name / paths[index].name, pictures / f"{title}_{paths[index].name}"
+            )
+        overlay_rows.append(
+            (title, [np.asarray(Image.open(pictures / f"{title}_{paths[i].name}")) for i in picked], captions)
+        )
+        map_rows.append((title, [maps[index].sqrt().numpy() for index in picked], captions))
+    draw_sheet(pictures / "contact_sheet.png", overlay_rows)
+    draw_sheet(pictures / "heat_maps.png", map_rows, cmap="inferno", vmin=0, vmax=(2 * threshold) ** 0.5)
+    print(f"Overlays of {2 * PICTURES_PER_ROLE} cells, and all of them on one sheet: {pictures / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    main()
