@@ -15,7 +15,10 @@ def anomaly_map(
     batch: int,
     height: int,
     width: int,
+    weights: Sequence[float],  # of each level
+    combine: str,  # product, sum or maximum
     map: int,  # noqa: A002  # address of [batch, 1, height, width]
     score: int,  # address of [batch]
+    level_maps: int,  # address of [batch, levels, height, width], or 0
     num_threads: int,
 ) -> None: ...

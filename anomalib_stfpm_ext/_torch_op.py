@@ -1,78 +1,212 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The scorer as the torch operator ``anomalib_stfpm_ext::anomaly_map``, and its formula in plain torch operations."""
+"""The scorer as the torch operators ``anomalib_stfpm_ext::anomaly_map`` and ``anomaly_map_out``.
+
+Its formula in plain torch operations is here too: for gradients, exporters and devices without a kernel of their own.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from .scorer import OUTPUT_DTYPES, check_features, check_image_size, dtype_name, run_core
+from . import scorer
+from .scorer import OUTPUT_DTYPES, Options, dtype_name, fail
 
-_OPERATOR = "anomalib_stfpm_ext::anomaly_map"
-
-torch.library.define(
-    _OPERATOR, "(Tensor[] teacher, Tensor[] student, SymInt height, SymInt width) -> (Tensor amap, Tensor score)"
+_INPUTS = "Tensor[] teacher, Tensor[] student"
+_OPTIONS = "float[] weights=[], str combine='product'"
+_LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]  # lives as long as this module
+# Without level_maps the third result is empty, (B, 0, height, width). No weights: 1 for each level.
+_LIBRARY.define(
+    f"anomaly_map({_INPUTS}, SymInt height, SymInt width, *, {_OPTIONS}, bool level_maps=False)"
+    " -> (Tensor amap, Tensor score, Tensor level_maps)"
 )
+_LIBRARY.define(
+    f"anomaly_map_out({_INPUTS}, *, {_OPTIONS}, Tensor(a!) amap, Tensor(b!) score, Tensor(c!)? level_maps=None) -> ()"
+)
+
+Tensors = Sequence[torch.Tensor]
 
 
 def anomaly_map(
-    teacher: list[torch.Tensor], student: list[torch.Tensor], height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options, out: Tensors | None
+) -> tuple[torch.Tensor, ...]:
     """Score checked features; see :func:`anomalib_stfpm_ext.anomaly_map`."""
-    needs_grad = torch.is_grad_enabled() and any(level.requires_grad for level in (*teacher, *student))
-    # ONNX and TorchScript know no operator of ours, and it has no gradient.
-    if needs_grad or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return anomaly_map_formula(teacher, student, height, width)
-    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.anomalib_stfpm_ext.anomaly_map(
-        teacher, student, height, width
+    differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in (*teacher, *student))
+    weights, combine = options.weights, options.combine
+    if out is not None:
+        if differentiable:
+            fail(ValueError, "out", "None where gradients are required", "memory that has none")
+        shapes = scorer.output_shapes(teacher, image_size, options)
+        scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
+        amap, score, *level_maps = out
+        torch.ops.anomalib_stfpm_ext.anomaly_map_out.default(
+            teacher,
+            student,
+            weights=weights,
+            combine=combine,
+            amap=amap,
+            score=score,
+            level_maps=level_maps[0] if level_maps else None,
+        )
+        return tuple(out)
+    if differentiable or _is_exported_without_operators():
+        return _formula(teacher, student, image_size, options)
+    result: tuple[torch.Tensor, ...] = torch.ops.anomalib_stfpm_ext.anomaly_map.default(
+        teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
     )
-    return result
+    return result if options.level_maps else result[:2]
 
 
-def anomaly_map_formula(
-    teacher: list[torch.Tensor], student: list[torch.Tensor], height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _is_exported_without_operators() -> bool:
+    """Whether TorchScript or ONNX, which know no operator of ours, is recording this call."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._get_tracing_state() is not None
+
+
+def _formula(
+    teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options
+) -> tuple[torch.Tensor, ...]:
     """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
     dtype = _output_dtype(teacher)
-    amap = None
-    for t, s in zip(teacher, student, strict=True):
+    level_maps, weighted = [], []
+    for t, s, weight in zip(teacher, student, options.weights, strict=True):
         difference = F.normalize(t.to(dtype)) - F.normalize(s.to(dtype))
         distance = 0.5 * difference.square().sum(dim=1, keepdim=True)
-        level_map = F.interpolate(distance, size=(height, width), mode="bilinear", align_corners=False)
-        amap = level_map if amap is None else amap * level_map
-    assert amap is not None
-    return amap, amap.amax(dim=(1, 2, 3))
+        level_map = F.interpolate(distance, size=image_size, mode="bilinear", align_corners=False)
+        level_maps.append(level_map)
+        if weight != 1:
+            level_map = level_map**weight if options.combine == "product" else level_map * weight
+        weighted.append(level_map)
+    combine: Any = {"product": torch.mul, "sum": torch.add, "maximum": torch.maximum}[options.combine]
+    amap: torch.Tensor = functools.reduce(combine, weighted)
+    result = (amap, amap.amax(dim=(1, 2, 3)))
+    return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
+
+
+def _options(teacher: Tensors, weights: Sequence[float], combine: str, level_maps: bool) -> Options:
+    return scorer.check_options(weights or None, combine, level_maps, range(len(teacher)))
+
+
+def _allocate(
+    teacher: Tensors,
+    student: Tensors,
+    height: int,
+    width: int,
+    *,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    level_maps: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Check the arguments and allocate the results: all that torch.compile and torch.export need to know."""
+    scorer.check_features(teacher, student, torch.Tensor)
+    image_size = scorer.check_image_size((height, width))
+    shapes = scorer.output_shapes(teacher, image_size, _options(teacher, weights, combine, True))
+    if not level_maps:
+        shapes[2] = (shapes[2][0], 0, *image_size)
+    return tuple(teacher[0].new_empty(shape, dtype=_output_dtype(teacher)) for shape in shapes)
+
+
+def _check_out(
+    teacher: Tensors,
+    student: Tensors,
+    *,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    amap: torch.Tensor,
+    score: torch.Tensor,
+    level_maps: torch.Tensor | None = None,
+) -> None:
+    scorer.check_features(teacher, student, torch.Tensor)
+    options = _options(teacher, weights, combine, level_maps is not None)
+    out = [amap, score] if level_maps is None else [amap, score, level_maps]
+    if amap.ndim != 4:
+        fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
+    shapes = scorer.output_shapes(teacher, scorer.check_image_size(amap.shape[2:]), options)
+    scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
 
 
 def _cpu(
-    teacher: list[torch.Tensor], student: list[torch.Tensor], height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    amap, score = _outputs(teacher, student, height, width)
-    run_core(
-        teacher,
-        student,
-        amap,
-        score,
-        address=torch.Tensor.data_ptr,
-        strides=torch.Tensor.stride,
-        num_threads=torch.get_num_threads(),
-    )
-    return amap, score
+    teacher: Tensors,
+    student: Tensors,
+    height: int,
+    width: int,
+    *,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    level_maps: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    outputs = _allocate(teacher, student, height, width, weights=weights, combine=combine, level_maps=level_maps)
+    options = Options(weights or [1.0] * len(teacher), combine, level_maps)
+    _run_core(teacher, student, outputs if level_maps else outputs[:2], options)
+    return outputs
 
 
-def _outputs(
-    teacher: list[torch.Tensor], student: list[torch.Tensor], height: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_features(teacher, student, torch.Tensor)
-    check_image_size((height, width))
-    batch, dtype = teacher[0].shape[0], _output_dtype(teacher)
-    return teacher[0].new_empty((batch, 1, height, width), dtype=dtype), teacher[0].new_empty((batch,), dtype=dtype)
+def _cpu_out(
+    teacher: Tensors,
+    student: Tensors,
+    *,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    amap: torch.Tensor,
+    score: torch.Tensor,
+    level_maps: torch.Tensor | None = None,
+) -> None:
+    _check_out(teacher, student, weights=weights, combine=combine, amap=amap, score=score, level_maps=level_maps)
+    out = [amap, score] if level_maps is None else [amap, score, level_maps]
+    scorer.check_overlap((*teacher, *student), out, torch.Tensor.data_ptr, torch.Tensor.stride)
+    _run_core(teacher, student, out, _options(teacher, weights, combine, level_maps is not None))
 
 
-def _output_dtype(features: list[torch.Tensor]) -> torch.dtype:
+def _run_core(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
+    threads = torch.get_num_threads()
+    scorer.run_core(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride, threads)
+
+
+def _default(
+    teacher: Tensors,
+    student: Tensors,
+    height: int,
+    width: int,
+    *,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    level_maps: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    *_, no_level_maps = _allocate(teacher, student, height, width, weights=weights, combine=combine)
+    result = _formula(teacher, student, (height, width), _options(teacher, weights, combine, level_maps))
+    return result if level_maps else (*result, no_level_maps)
+
+
+def _default_out(
+    teacher: Tensors,
+    student: Tensors,
+    *,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    amap: torch.Tensor,
+    score: torch.Tensor,
+    level_maps: torch.Tensor | None = None,
+) -> None:
+    _check_out(teacher, student, weights=weights, combine=combine, amap=amap, score=score, level_maps=level_maps)
+    out = [amap, score] if level_maps is None else [amap, score, level_maps]
+    options = _options(teacher, weights, combine, level_maps is not None)
+    for output, result in zip(out, _formula(teacher, student, (amap.shape[2], amap.shape[3]), options), strict=True):
+        output.copy_(result)
+
+
+def _output_dtype(features: Tensors) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(features[0])])
     return dtype
 
 
-torch.library.register_kernel(_OPERATOR, "cpu", _cpu)
-torch.library.register_kernel(_OPERATOR, "default", anomaly_map_formula)  # devices without a kernel of their own
-torch.library.register_fake(_OPERATOR, _outputs)  # what torch.compile and torch.export learn without running it
+# Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.
+_LIBRARY.impl("anomaly_map", _cpu, "CPU")
+_LIBRARY.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices without a kernel of their own
+torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _allocate)
+_LIBRARY.impl("anomaly_map_out", _cpu_out, "CPU")
+_LIBRARY.impl("anomaly_map_out", _default_out, "CompositeExplicitAutograd")
+torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _check_out)

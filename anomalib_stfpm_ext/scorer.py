@@ -6,11 +6,12 @@ This module checks the arguments and serves NumPy; ``_torch_op`` serves torch; b
 strides. torch is not imported unless the caller has.
 """
 
+import math
 import operator
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args, overload
 
 import numpy as np
 
@@ -19,23 +20,56 @@ from . import _core
 if TYPE_CHECKING:
     import torch
 
-    Arrays = Sequence[np.ndarray[Any, Any]] | Mapping[str, np.ndarray[Any, Any]]
+    NumpyArray = np.ndarray[Any, Any]
+    Arrays = Sequence[NumpyArray] | Mapping[str, NumpyArray]
     Tensors = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 
 MAX_LEVELS = 8
 # By dtype of the features: that of map and score.
 OUTPUT_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
+Combination = Literal["product", "sum", "maximum"]
+
+
+class Options(NamedTuple):
+    """How the upsampled distances of the levels become one map; see :func:`anomaly_map`."""
+
+    weights: Sequence[float]
+    combine: str
+    level_maps: bool
 
 
 @overload
 def anomaly_map(
-    teacher: "Arrays", student: "Arrays", image_size: Sequence[int]
-) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]": ...
+    teacher: "Arrays",
+    student: "Arrays",
+    image_size: Sequence[int],
+    *,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    combine: Combination = "product",
+    level_maps: bool = False,
+    out: "Sequence[NumpyArray] | None" = None,
+) -> "tuple[NumpyArray, ...]": ...
 @overload
 def anomaly_map(
-    teacher: "Tensors", student: "Tensors", image_size: Sequence[int]
-) -> "tuple[torch.Tensor, torch.Tensor]": ...
-def anomaly_map(teacher: Any, student: Any, image_size: Sequence[int]) -> tuple[Any, Any]:
+    teacher: "Tensors",
+    student: "Tensors",
+    image_size: Sequence[int],
+    *,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    combine: Combination = "product",
+    level_maps: bool = False,
+    out: "Sequence[torch.Tensor] | None" = None,
+) -> "tuple[torch.Tensor, ...]": ...
+def anomaly_map(
+    teacher: Any,
+    student: Any,
+    image_size: Sequence[int],
+    *,
+    weights: Any = None,
+    combine: Combination = "product",
+    level_maps: bool = False,
+    out: Any = None,
+) -> tuple[Any, ...]:
     r"""Score images by the features of teacher and student (arXiv 2103.04257, section 3.3).
 
     Equivalent to, but in two passes over memory instead of some 35 kernels::
@@ -49,19 +83,27 @@ def anomaly_map(teacher: Any, student: Any, image_size: Sequence[int]) -> tuple[
 
     Args:
         teacher (Sequence | Mapping): Features of 1 to 8 levels, each ``(B, C, H, W)``: a sequence, or a mapping from
-            the level's name. Torch tensors or NumPy arrays of one dtype (float32, float64, float16 or bfloat16) and
-            on one device, in any memory layout. ``C``, ``H`` and ``W`` may differ from level to level.
+            the level's name. Torch tensors; or NumPy arrays, or what NumPy can view by DLPack or the buffer protocol.
+            All of one dtype (float32, float64, float16 or bfloat16) and on one device, in any memory layout. ``C``,
+            ``H`` and ``W`` may differ from level to level.
         student (Sequence | Mapping): Features of the same levels in the same order, of the same shapes.
         image_size (Sequence[int]): Height and width of the map in pixels.
+        weights (Sequence[float] | Mapping[str, float] | None): A weight for each level, not negative: the exponent of
+            its map in the product, its factor in the sum and the maximum. Defaults to 1 for each.
+        combine (str): ``"product"`` of the levels' maps as in the paper, or their ``"sum"`` or ``"maximum"``.
+        level_maps (bool): Whether to return each level's own map too.
+        out (Sequence | None): Contiguous memory for all that is returned, of the right shapes and dtype. It may
+            overlap neither the features nor itself.
 
     Returns:
-        tuple: The anomaly map ``(B, 1, height, width)``, not negative, and the image scores ``(B,)``, its maxima.
-            Tensors for tensors, arrays for arrays; float64 for float64 features, otherwise float32. NaN where a
+        tuple: The anomaly map ``(B, 1, height, width)``, not negative, and the image scores ``(B,)``, its maxima; with
+            ``level_maps`` also the upsampled distances of each level ``(B, levels, height, width)``, without weights.
+            Tensors for tensors, otherwise arrays; float64 for float64 features, otherwise float32. NaN where a
             feature that a pixel depends on is NaN, and in the score of that image.
 
     Raises:
         TypeError: If an argument is of the wrong kind, or the dtypes are mixed or not supported.
-        ValueError: If shapes, devices, level names or sizes do not fit.
+        ValueError: If shapes, devices, level names, sizes, options or the memory of ``out`` do not fit.
 
     Note:
         Tensors outside the CPU, and tensors that require gradients while gradients are enabled, are scored by the
@@ -76,50 +118,51 @@ def anomaly_map(teacher: Any, student: Any, image_size: Sequence[int]) -> tuple[
         ((1, 1, 8, 8), array([2.], dtype=float32))
     """
     names, teacher_levels, student_levels = _pair_levels(teacher, student)
-    height, width = check_image_size(image_size)
+    image_size = check_image_size(image_size)
+    options = check_options(weights, combine, level_maps, names)
     torch = sys.modules.get("torch")
-    if torch is not None and any(isinstance(level, torch.Tensor) for level in (*teacher_levels, *student_levels)):
+    if torch is not None and any(
+        isinstance(level, torch.Tensor) for level in (*teacher_levels[:1], *student_levels[:1])
+    ):
         from ._torch_op import anomaly_map as torch_anomaly_map
 
-        check_features(teacher_levels, student_levels, torch.Tensor, names)
-        return torch_anomaly_map(teacher_levels, student_levels, height, width)
+        try:
+            return torch_anomaly_map(teacher_levels, student_levels, image_size, options, out)
+        except Exception:
+            check_features(teacher_levels, student_levels, torch.Tensor, names)  # names what it complains of
+            raise
 
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
     check_features(teacher_levels, student_levels, np.ndarray, names)
-    batch = teacher_levels[0].shape[0]
+    shapes = output_shapes(teacher_levels, image_size, options)
     dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0])]
-    amap = np.empty((batch, 1, height, width), dtype)
-    score = np.empty((batch,), dtype)
-    run_core(
-        teacher_levels,
-        student_levels,
-        amap,
-        score,
-        address=lambda array: array.__array_interface__["data"][0],
-        strides=lambda array: tuple(stride // array.itemsize for stride in array.strides),
-        num_threads=torch.get_num_threads() if torch is not None else _cpu_count(),
-    )
-    return amap, score
+    if out is None:
+        out = [np.empty(shape, dtype) for shape in shapes]
+    else:
+        check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
+        check_overlap((*teacher_levels, *student_levels), out, _address, _strides)
+    num_threads = torch.get_num_threads() if torch is not None else _cpu_count()
+    run_core(teacher_levels, student_levels, out, options, _address, _strides, num_threads)
+    return tuple(out)
 
 
 def run_core(
     teacher: Sequence[Any],
     student: Sequence[Any],
-    amap: Any,
-    score: Any,
-    *,
+    outputs: Sequence[Any],
+    options: Options,
     address: Any,
     strides: Any,
     num_threads: int,
 ) -> None:
-    """Hand checked features and allocated outputs to the compiled scorer.
+    """Hand checked features and outputs to the compiled scorer.
 
     Args:
         teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
         student (Sequence): Likewise.
-        amap (Array): Receives the map ``(B, 1, height, width)``, contiguous.
-        score (Array): Receives the scores ``(B,)``, contiguous.
+        outputs (Sequence): Receive map, scores and, if wanted, level maps, as ``output_shapes`` has them; contiguous.
+        options (Options): As ``check_options`` returns them.
         address (Callable): Gives the address of an array's first element.
         strides (Callable): Gives an array's strides in elements.
         num_threads (int): How many threads may work.
@@ -127,8 +170,30 @@ def run_core(
     levels = [
         (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
     ]
+    amap, score, *level_maps = outputs
     batch, _, height, width = amap.shape
-    _core.anomaly_map(dtype_name(teacher[0]), levels, batch, height, width, address(amap), address(score), num_threads)
+    _core.anomaly_map(
+        dtype_name(teacher[0]),
+        levels,
+        batch,
+        height,
+        width,
+        options.weights,
+        options.combine,
+        address(amap),
+        address(score),
+        address(level_maps[0]) if level_maps else 0,
+        num_threads,
+    )
+
+
+def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], options: Options) -> list[tuple[int, ...]]:
+    """Return the shapes of map, scores and, if wanted, level maps."""
+    batch = teacher[0].shape[0]
+    shapes: list[tuple[int, ...]] = [(batch, 1, *image_size), (batch,)]
+    if options.level_maps:
+        shapes.append((batch, len(teacher), *image_size))
+    return shapes
 
 
 def dtype_name(array: Any) -> str:
@@ -137,7 +202,7 @@ def dtype_name(array: Any) -> str:
 
 
 def check_features(
-    teacher: Sequence[Any], student: Sequence[Any], kind: type, names: Sequence[Any] = range(MAX_LEVELS)
+    teacher: Sequence[Any], student: Sequence[Any], kind: Any, names: Sequence[Any] = range(MAX_LEVELS)
 ) -> None:
     """Check that the scorer may read these features.
 
@@ -152,62 +217,163 @@ def check_features(
         ValueError: If shapes or devices do not fit.
     """
     if len(teacher) != len(student):
-        _fail(ValueError, "student", f"as many levels as the teacher, {len(teacher)}", len(student))
+        fail(ValueError, "student", f"as many levels as the teacher, {len(teacher)}", len(student))
     if not 1 <= len(teacher) <= MAX_LEVELS:
-        _fail(ValueError, "teacher", f"1 to {MAX_LEVELS} levels", len(teacher))
-    first = teacher[0]
+        fail(ValueError, "teacher", f"1 to {MAX_LEVELS} levels", len(teacher))
+    first, tensors = teacher[0], kind is not np.ndarray
     for name, t, s in zip(names, teacher, student, strict=False):
         for side, level in (("teacher", t), ("student", s)):
             if not isinstance(level, kind):
-                _fail(TypeError, f"{side}[{name!r}]", _qualified(kind), _qualified(type(level)))
-            if str(getattr(level, "layout", "torch.strided")) != "torch.strided":
-                _fail(TypeError, f"{side}[{name!r}]", "a strided tensor", level.layout)
-            if level.dtype != first.dtype or dtype_name(level) not in OUTPUT_DTYPES:
-                wanted = dtype_name(first) if dtype_name(first) in OUTPUT_DTYPES else " or ".join(OUTPUT_DTYPES)
-                _fail(TypeError, f"{side}[{name!r}]", f"dtype {wanted}, as the first level has", dtype_name(level))
-            if level.ndim != 4:
-                _fail(ValueError, f"{side}[{name!r}]", "shape (B, C, H, W)", tuple(level.shape))
-            device = getattr(level, "device", None)
-            if device != getattr(first, "device", None):
-                _fail(ValueError, f"{side}[{name!r}]", f"device {first.device}, as the first level has", device)
-        if t.shape != s.shape:
-            _fail(ValueError, f"student[{name!r}]", f"the teacher's shape {tuple(t.shape)}", tuple(s.shape))
-        if t.shape[0] != first.shape[0]:
-            _fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {first.shape[0]}", tuple(t.shape))
-        if 0 in t.shape[1:]:
-            _fail(ValueError, f"teacher[{name!r}]", "at least one channel, row and column", tuple(t.shape))
+                fail(TypeError, f"{side}[{name!r}]", _qualified(kind), _qualified(type(level)))
+            if level is first and dtype_name(level) not in OUTPUT_DTYPES:
+                fail(TypeError, f"{side}[{name!r}]", f"dtype {' or '.join(OUTPUT_DTYPES)}", dtype_name(level))
+            if level is first and tensors and str(level.layout) != "torch.strided":
+                fail(TypeError, f"{side}[{name!r}]", "a strided tensor", level.layout)
+            if level.dtype != first.dtype:
+                fail(TypeError, f"{side}[{name!r}]", f"dtype {first.dtype} like the first level", level.dtype)
+            if tensors and level.layout is not first.layout:
+                fail(TypeError, f"{side}[{name!r}]", "a strided tensor", level.layout)
+            if tensors and level.device != first.device:
+                fail(ValueError, f"{side}[{name!r}]", f"device {first.device} like the first level", level.device)
+        shape = t.shape
+        if len(shape) != 4:
+            fail(ValueError, f"teacher[{name!r}]", "shape (B, C, H, W)", tuple(shape))
+        if s.shape != shape:
+            fail(ValueError, f"student[{name!r}]", f"the teacher's shape {tuple(shape)}", tuple(s.shape))
+        if shape[0] != first.shape[0]:
+            fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {first.shape[0]}", tuple(shape))
+        if not 1 <= min(shape[1:]) <= max(shape[1:]) < 2**31:
+            fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
+
+
+def check_image_size(image_size: Any) -> tuple[int, int]:
+    """Return height and width as integers, or raise an error that names ``image_size``."""
+    try:
+        height, width = map(operator.index, image_size)
+    except (TypeError, ValueError):
+        fail(TypeError, "image_size", "two whole numbers (height, width)", repr(image_size))
+    if not (1 <= height < 2**31 and 1 <= width < 2**31):
+        fail(ValueError, "image_size", "a height and a width of 1 to 2**31 - 1", (height, width))
+    return height, width
+
+
+def check_options(weights: Any, combine: Any, level_maps: Any, names: Sequence[Any]) -> Options:
+    """Return the options with a weight for each level, or raise an error that names the argument."""
+    if combine not in get_args(Combination):
+        fail(ValueError, "combine", " or ".join(map(repr, get_args(Combination))), repr(combine))
+    if weights is None:
+        return Options([1.0] * len(names), combine, bool(level_maps))
+    if isinstance(weights, Mapping):
+        if list(weights) != list(names):
+            fail(ValueError, "weights", f"the levels {list(names)} in this order", list(weights))
+        weights = weights.values()
+    try:
+        weights = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        fail(TypeError, "weights", "a number for each level", repr(weights))
+    if len(weights) != len(names) or not all(0 <= weight < math.inf for weight in weights):
+        fail(ValueError, "weights", f"{len(names)} finite numbers of at least 0", weights)
+    return Options(weights, combine, bool(level_maps))
+
+
+def check_outputs(out: Any, kind: Any, shapes: Sequence[tuple[int, ...]], dtype: object, device: object = None) -> None:
+    """Check memory that the caller supplied; whether it overlaps is for :func:`run_core` to see.
+
+    Args:
+        out (Sequence): The caller's arrays or tensors.
+        kind (type): What each must be an instance of.
+        shapes (Sequence[tuple[int, ...]]): What :func:`output_shapes` returned.
+        dtype (object): The dtype of all of them.
+        device (object): The device of all of them, where there are devices.
+
+    Raises:
+        TypeError: If one is of the wrong kind or dtype.
+        ValueError: If number, shape, device or layout do not fit, or one cannot be written to.
+    """
+    if not isinstance(out, Sequence) or len(out) != len(shapes):
+        got = len(out) if isinstance(out, Sequence) else _qualified(type(out))
+        fail(ValueError, "out", f"a sequence of {len(shapes)}", got)
+    for index, (output, shape) in enumerate(zip(out, shapes, strict=True)):
+        name = f"out[{index}]"
+        if not isinstance(output, kind):
+            fail(TypeError, name, _qualified(kind), _qualified(type(output)))
+        if output.dtype != dtype:
+            fail(TypeError, name, f"dtype {dtype}", output.dtype)
+        if tuple(output.shape) != tuple(shape):
+            fail(ValueError, name, f"shape {tuple(shape)}", tuple(output.shape))
+        if device is not None and output.device != device:
+            fail(ValueError, name, f"device {device}", output.device)
+        contiguous = (
+            output.flags.c_contiguous and output.flags.aligned if kind is np.ndarray else output.is_contiguous()
+        )
+        if not contiguous:
+            fail(
+                ValueError,
+                name,
+                "contiguous memory",
+                f"strides {output.strides if kind is np.ndarray else output.stride()}",
+            )
+        if kind is np.ndarray and not output.flags.writeable:
+            fail(ValueError, name, "memory that can be written to", "a read-only array")
+
+
+def check_overlap(features: Sequence[Any], out: Sequence[Any], address: Any, strides: Any) -> None:
+    """Raise an error if one of the outputs lies where another or a feature does."""
+
+    def extent(array: Any) -> tuple[int, int]:
+        steps = [(size - 1) * stride * array.itemsize for size, stride in zip(array.shape, strides(array), strict=True)]
+        start = address(array)
+        return start + sum(min(step, 0) for step in steps), start + sum(max(step, 0) for step in steps) + array.itemsize
+
+    taken = [extent(array) for array in features if 0 not in array.shape]
+    for index, output in enumerate(out):
+        if 0 not in output.shape:
+            low, high = extent(output)
+            if any(low < other_high and other_low < high for other_low, other_high in taken):
+                fail(ValueError, f"out[{index}]", "memory of its own", "memory that a feature or another output uses")
+            taken.append((low, high))
+
+
+def fail(error: type[Exception], argument: str, wanted: object, got: object) -> NoReturn:
+    """Raise an error that names the argument, what is wanted and what came."""
+    msg = f"{argument}: wanted {wanted}, got {got}"
+    raise error(msg)
 
 
 def _pair_levels(teacher: Any, student: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Return names or indices of the levels, and both sides' features as lists."""
     if isinstance(teacher, Mapping) and isinstance(student, Mapping):
         if list(teacher) != list(student):
-            _fail(ValueError, "student", f"the teacher's levels {list(teacher)} in this order", list(student))
+            fail(ValueError, "student", f"the teacher's levels {list(teacher)} in this order", list(student))
         return list(teacher), list(teacher.values()), list(student.values())
     for side, levels in (("teacher", teacher), ("student", student)):
         if not isinstance(levels, Sequence) or isinstance(levels, str):
-            _fail(TypeError, side, "a sequence of features, or both sides as mappings", _qualified(type(levels)))
+            fail(TypeError, side, "a sequence of features, or both sides as mappings", _qualified(type(levels)))
     return list(range(len(teacher))), list(teacher), list(student)
 
 
-def check_image_size(image_size: Any) -> tuple[int, int]:
-    """Return height and width as integers, or raise an error that names ``image_size``."""
-    try:
-        height, width = (operator.index(size) for size in image_size)
-    except (TypeError, ValueError):
-        _fail(TypeError, "image_size", "two whole numbers (height, width)", repr(image_size))
-    if height < 1 or width < 1:
-        _fail(ValueError, "image_size", "a height and a width of at least 1", (height, width))
-    return height, width
-
-
 def _as_numpy(level: Any) -> Any:
-    """Return the level as an array that the scorer can address; copies only what lies askew in memory."""
+    """View the level as an array that the scorer can address; copies only what lies askew in memory."""
     if not isinstance(level, np.ndarray):
-        return level
+        if hasattr(level, "__dlpack__"):
+            level = np.from_dlpack(level)
+        else:
+            try:
+                level = np.asarray(memoryview(level))
+            except TypeError:
+                return level  # for check_features to refuse
     if not level.flags.aligned or any(stride % level.itemsize for stride in level.strides):
         return level.copy()
     return level
+
+
+def _address(array: "NumpyArray") -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _strides(array: "NumpyArray") -> tuple[int, ...]:
+    return tuple(stride // array.itemsize for stride in array.strides)
 
 
 def _cpu_count() -> int:
@@ -216,8 +382,3 @@ def _cpu_count() -> int:
 
 def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _fail(error: type[Exception], argument: str, wanted: object, got: object) -> None:
-    msg = f"{argument}: wanted {wanted}, got {got}"
-    raise error(msg)

@@ -10,6 +10,7 @@
 namespace stfpm_ext {
 
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum class Combination { kProduct, kSum, kMaximum };
 
 /// Features of one network at one level, [B, C, H, W] in any memory layout.
 struct Features {
@@ -26,6 +27,7 @@ struct Level {
   int64_t channels;
   int64_t height;
   int64_t width;
+  double weight;  // exponent in the product, factor in the sum and the maximum
 };
 
 constexpr int kMaxLevels = 8;
@@ -33,13 +35,15 @@ constexpr int kMaxLevels = 8;
 /// One call of the scorer. The outputs are contiguous: float64 for float64 features, otherwise float32.
 struct AnomalyMapParams {
   DType dtype;
+  Combination combination;
   int num_levels;
   Level levels[kMaxLevels];
   int64_t batch;
   int64_t height;  // of the map, in pixels
   int64_t width;
-  void* map;    // [B, 1, height, width]
-  void* score;  // [B]
+  void* map;         // [B, 1, height, width]
+  void* score;       // [B]
+  void* level_maps;  // [B, num_levels, height, width], the upsampled distances without weights; or null
 };
 
 /// Computes maps and scores on at most `num_threads` threads; the result does not depend on their number.

@@ -5,7 +5,8 @@
 //
 //   t = T / max(||T||, eps),  s = S / max(||S||, eps)     over the channels, eps = 1e-12
 //   d = 1/2 ||t - s||^2                                   (equation 1 of arXiv 2103.04257)
-//   M = product over the levels of upsample(d)            bilinear, half-pixel centres, no antialiasing
+//   u = upsample(d)                                       bilinear, half-pixel centres, no antialiasing
+//   M = product of u^w, sum of w u, or maximum of w u     over the levels; the paper: product, w = 1
 //
 // d is computed from the dot products T.T, S.S and T.S, in double: a product of two float32 (or narrower) numbers
 // is exact there, so that one pass over the features is enough, nothing overflows, and the cancellation in
@@ -70,6 +71,45 @@ STFPM_EXT_HOST_DEVICE Interpolation<Real> interpolation(int64_t index, int64_t i
   const Real high_weight = static_cast<Real>(source - static_cast<double>(low));
   return {low, high, Real(1) - high_weight, high_weight};
 }
+
+/// The ways to add a level's pixel to those before it, which start from `identity`. NaN on either side stays.
+struct Product {
+  static constexpr int identity = 1;
+  template <class Real>
+  STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
+    return combined * pixel;
+  }
+};
+
+struct WeightedProduct {
+  double weight;
+  static constexpr int identity = 1;
+  STFPM_EXT_HOST_DEVICE float operator()(float combined, float pixel) const {
+    return combined * ::powf(pixel, static_cast<float>(weight));
+  }
+  STFPM_EXT_HOST_DEVICE double operator()(double combined, double pixel) const {
+    return combined * ::pow(pixel, weight);
+  }
+};
+
+struct WeightedSum {
+  double weight;
+  static constexpr int identity = 0;
+  template <class Real>
+  STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
+    return combined + static_cast<Real>(weight) * pixel;
+  }
+};
+
+struct WeightedMaximum {
+  double weight;
+  static constexpr int identity = 0;
+  template <class Real>
+  STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
+    const Real weighted = static_cast<Real>(weight) * pixel;
+    return combined >= weighted || combined != combined ? combined : weighted;
+  }
+};
 
 }  // namespace
 }  // namespace stfpm_ext

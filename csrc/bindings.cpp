@@ -30,11 +30,21 @@ DType dtype_from(const std::string& name) {
   throw std::invalid_argument("dtype '" + name + "' is not supported");
 }
 
+Combination combination_from(const std::string& name) {
+  if (name == "product") return Combination::kProduct;
+  if (name == "sum") return Combination::kSum;
+  if (name == "maximum") return Combination::kMaximum;
+  throw std::invalid_argument("combination '" + name + "' is not supported");
+}
+
 void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels, int64_t batch, int64_t height,
-                 int64_t width, uintptr_t map, uintptr_t score, int num_threads) {
+                 int64_t width, const std::vector<double>& weights, const std::string& combine, uintptr_t map,
+                 uintptr_t score, uintptr_t level_maps, int num_threads) {
   AnomalyMapParams params{};
   params.dtype = dtype_from(dtype);
+  params.combination = combination_from(combine);
   if (levels.empty() || levels.size() > kMaxLevels) throw std::invalid_argument("1 to 8 levels are supported");
+  if (weights.size() != levels.size()) throw std::invalid_argument("a weight for each level is needed");
   params.num_levels = static_cast<int>(levels.size());
   for (size_t i = 0; i < levels.size(); ++i) {
     const LevelTuple& v = levels[i];
@@ -42,13 +52,15 @@ void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels
                         {reinterpret_cast<const void*>(v[1]), v[9], v[10], v[11], v[12]},
                         v[2],
                         v[3],
-                        v[4]};
+                        v[4],
+                        weights[i]};
   }
   params.batch = batch;
   params.height = height;
   params.width = width;
   params.map = reinterpret_cast<void*>(map);
   params.score = reinterpret_cast<void*>(score);
+  params.level_maps = reinterpret_cast<void*>(level_maps);
   const py::gil_scoped_release release;
   anomaly_map_cpu(params, num_threads);
 }
@@ -69,5 +81,6 @@ PYBIND11_MODULE(_core, module) {
   module.attr("cuda_architectures") = std::vector<std::string>{};
   module.def("selected_isa", [] { return std::string(kernels().isa); });
   module.def("anomaly_map", &anomaly_map, py::arg("dtype"), py::arg("levels"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("map"), py::arg("score"), py::arg("num_threads"));
+             py::arg("width"), py::arg("weights"), py::arg("combine"), py::arg("map"), py::arg("score"),
+             py::arg("level_maps"), py::arg("num_threads"));
 }

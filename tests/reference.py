@@ -44,9 +44,17 @@ def upsample(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
 
 
 def anomaly_map(
-    teacher: Sequence[np.ndarray], student: Sequence[np.ndarray], image_size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Product over the levels of the upsampled distances ``(B, 1, H, W)``, and its maxima ``(B,)``."""
-    level_maps = [upsample(distance(t, s), image_size) for t, s in zip(teacher, student, strict=True)]
-    amap = np.prod(level_maps, axis=0)[:, None]
-    return amap, amap.max(axis=(1, 2, 3))
+    teacher: Sequence[np.ndarray],
+    student: Sequence[np.ndarray],
+    image_size: tuple[int, int],
+    weights: Sequence[float] | None = None,
+    combine: str = "product",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Combine the upsampled distances: map ``(B, 1, H, W)``, its maxima ``(B,)``, level maps ``(B, levels, H, W)``."""
+    level_maps = np.stack([upsample(distance(t, s), image_size) for t, s in zip(teacher, student, strict=True)], axis=1)
+    weight = np.reshape([1] * len(teacher) if weights is None else weights, (-1, 1, 1))
+    if combine == "product":
+        amap = np.prod(level_maps**weight, axis=1, keepdims=True)
+    else:
+        amap = {"sum": np.sum, "maximum": np.max}[combine](weight * level_maps, axis=1, keepdims=True)
+    return amap, amap.max(axis=(1, 2, 3)), level_maps

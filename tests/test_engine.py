@@ -83,7 +83,8 @@ def test_exports_give_the_maps_of_the_model(trained, tmp_path):
     session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
     outputs = [output.name for output in session.get_outputs()]
     result = dict(zip(outputs, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
-    np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map, rtol=1e-4, atol=1e-6)
+    # The post-processor has shifted and scaled the maps to 0 to 1: where they are near 0, only absolute errors count.
+    np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result["pred_score"], expected.pred_score, rtol=1e-4)
 
     os.environ["TRUST_REMOTE_CODE"] = "1"

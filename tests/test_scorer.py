@@ -24,7 +24,7 @@ def test_equals_reference_and_anomalib(backbone, batch, image_size):
         batch = min(batch, 2)  # the reference needs gigabytes otherwise
     teacher, student = make_features(PYRAMIDS[backbone], batch, image_size)
     # float32 rounds the interpolation and the product of the levels; the distances themselves are good to 1e-7.
-    expected_map, expected_score = reference.anomaly_map(teacher, student, image_size)
+    expected_map, expected_score, _ = reference.anomaly_map(teacher, student, image_size)
     amap, score = anomaly_map(teacher, student, image_size)
     assert amap.shape == (batch, 1, *image_size)
     assert score.shape == (batch,)
@@ -223,11 +223,101 @@ def test_unknown_instruction_set_is_refused(python):
     assert "STFPM_EXT_ISA is 'mmx', but this machine runs:" in result.stderr
 
 
-def test_torch_operator_and_its_formula():
+@pytest.mark.parametrize("combine", ["product", "sum", "maximum"])
+@pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
+def test_combinations_weights_and_level_maps(combine, weights):
+    teacher, student = make_features(PYRAMIDS["resnet18"], 2, (60, 90))
+    expected = reference.anomaly_map(teacher, student, (60, 90), weights, combine)
+    options = {"weights": weights, "combine": combine, "level_maps": True}
+    tensors = [[torch.from_numpy(level) for level in side] for side in (teacher, student)]
+    for result in (
+        anomaly_map(teacher, student, (60, 90), **options),
+        anomaly_map(*tensors, (60, 90), **options),
+        anomaly_map(*[[level.clone().requires_grad_() for level in side] for side in tensors], (60, 90), **options),
+    ):
+        for name, ours, theirs in zip(("map", "score", "level maps"), result, expected, strict=True):
+            assert_close(ours if isinstance(ours, np.ndarray) else ours.detach(), theirs, 2e-5, name)
+    assert len(anomaly_map(teacher, student, (60, 90), weights=weights, combine=combine)) == 2
+    named = [dict(zip("abc", side, strict=True)) for side in (teacher, student)]
+    by_name = anomaly_map(*named, (60, 90), weights=weights and dict(zip("abc", weights, strict=True)), combine=combine)
+    assert_close(by_name[0], expected[0], 2e-5)
+
+
+@pytest.mark.parametrize("level_maps", [False, True])
+def test_memory_of_the_caller(level_maps):
+    teacher, student = make_features([(12, 4), (20, 8)], 2, (64, 64))
+    expected = anomaly_map(teacher, student, (50, 40), level_maps=level_maps)
+    out = [np.full_like(array, np.nan) for array in expected]
+    for ours, theirs in zip(anomaly_map(teacher, student, (50, 40), level_maps=level_maps, out=out), out, strict=True):
+        assert ours is theirs
+    tensors = [[torch.from_numpy(level) for level in side] for side in (teacher, student)]
+    torch_out = [torch.full_like(torch.from_numpy(array), torch.nan) for array in expected]
+    anomaly_map(*tensors, (50, 40), level_maps=level_maps, out=torch_out)
+    for array, tensor, wanted in zip(out, torch_out, expected, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+        np.testing.assert_array_equal(tensor, wanted)
+
+
+def test_memory_that_will_not_do():
+    features = np.ones((1, 2, 4, 4), np.float32)
+    amap, score = np.empty((1, 1, 4, 4), np.float32), np.empty(1, np.float32)
+    read_only = amap.copy()
+    read_only.flags.writeable = False
+    both = np.empty(17, np.float32)
+    inside = features.reshape(-1)[:16].reshape(1, 1, 4, 4)
+    for out, error, message in (
+        ([amap], ValueError, "out: wanted a sequence of 2, got 1"),
+        (amap, ValueError, "out: wanted a sequence of 2, got numpy.ndarray"),
+        ([amap, score.astype(np.float64)], TypeError, r"out\[1\]: wanted dtype float32, got float64"),
+        ([amap, torch.empty(1)], TypeError, r"out\[1\]: wanted numpy.ndarray, got torch.Tensor"),
+        ([amap[:, :, :3], score], ValueError, r"out\[0\]: wanted shape \(1, 1, 4, 4\), got \(1, 1, 3, 4\)"),
+        ([amap.transpose(0, 1, 3, 2), score], ValueError, r"out\[0\]: wanted contiguous memory"),
+        ([read_only, score], ValueError, r"out\[0\]: wanted memory that can be written to"),
+        ([inside, score], ValueError, r"out\[0\]: wanted memory of its own"),
+        ([both[:16].reshape(1, 1, 4, 4), both[15:16]], ValueError, r"out\[1\]: wanted memory of its own"),
+    ):
+        with pytest.raises(error, match=message):
+            anomaly_map([features], [features.copy()], (4, 4), out=out)
+    tensor = torch.from_numpy(features)
+    with pytest.raises(ValueError, match=r"out\[0\]: wanted memory of its own"):
+        anomaly_map([tensor], [tensor + 1], (4, 4), out=[tensor[:, :1], torch.empty(1)])
+    with pytest.raises(ValueError, match="out: wanted None where gradients are required"):
+        anomaly_map([tensor], [tensor.clone().requires_grad_()], (4, 4), out=[torch.empty(1, 1, 4, 4), torch.empty(1)])
+
+
+class DlpackOnly:
+    """An array of some other library."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **arguments):
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_anything_with_dlpack_or_the_buffer_protocol():
+    teacher, student = make_features([(8, 4)], 1, (32, 32))
+    expected = anomaly_map(teacher, student, (32, 32))[0]
+    for wrap in (DlpackOnly, memoryview):
+        result = anomaly_map([wrap(level) for level in teacher], [wrap(level) for level in student], (32, 32))[0]
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_torch_operators_and_their_formula():
     teacher, student = (
         [torch.from_numpy(level) for level in side] for side in make_features([(12, 4), (20, 8)], 2, (64, 64))
     )
-    torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 64, 64))
+    options = {"weights": [0.5, 2.0], "combine": "sum", "level_maps": True}
+    for arguments in ({}, options):
+        torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 64, 64), arguments)
+    out = {"amap": torch.empty(2, 1, 64, 64), "score": torch.empty(2), "level_maps": torch.empty(2, 2, 64, 64)}
+    torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map_out.default, (teacher, student), out)
+    meta = [[level.to("meta") for level in side] for side in (teacher, student)]
+    assert [tuple(tensor.shape) for tensor in anomaly_map(*meta, (64, 64))] == [(2, 1, 64, 64), (2,)]
+
     amap, score = anomaly_map(teacher, student, (64, 64))
     for level in student:
         level.requires_grad_()
@@ -256,8 +346,8 @@ def level(*shape, dtype=np.float32):
         ([level()], [level(1, 2, 4, 5)], (8, 8), ValueError, r"student\[0\].*got \(1, 2, 4, 5\)"),
         ([level(), level(2, 2, 4, 4)], [level(), level(2, 2, 4, 4)], (8, 8), ValueError, r"teacher\[1\].*batch of 1"),
         ([level(2, 4, 4)], [level(2, 4, 4)], (8, 8), ValueError, r"teacher\[0\]: wanted shape \(B, C, H, W\)"),
-        ([level(1, 0, 4, 4)], [level(1, 0, 4, 4)], (8, 8), ValueError, r"teacher\[0\].*at least one channel"),
-        ([level(1, 2, 0, 4)], [level(1, 2, 0, 4)], (8, 8), ValueError, r"teacher\[0\].*row"),
+        ([level(1, 0, 4, 4)], [level(1, 0, 4, 4)], (8, 8), ValueError, r"teacher\[0\]: wanted 1 to 2.*channels"),
+        ([level(1, 2, 0, 4)], [level(1, 2, 0, 4)], (8, 8), ValueError, r"teacher\[0\]: wanted 1 to 2.*rows"),
         ([], [], (8, 8), ValueError, "teacher: wanted 1 to 8 levels, got 0"),
         ([level()] * 9, [level()] * 9, (8, 8), ValueError, "teacher: wanted 1 to 8 levels, got 9"),
         ([level()] * 2, [level()], (8, 8), ValueError, "student: wanted as many levels as the teacher, 2, got 1"),
@@ -270,8 +360,14 @@ def level(*shape, dtype=np.float32):
         ([level(dtype=np.int64)], [level(dtype=np.int64)], (8, 8), TypeError, r"teacher\[0\].*float32 or.*got int64"),
         ([level(dtype=complex)], [level(dtype=complex)], (8, 8), TypeError, r"teacher\[0\].*got complex128"),
         ([level(dtype=">f4")], [level(dtype=">f4")], (8, 8), TypeError, r"teacher\[0\].*got >f4"),
-        ([level()], [level(dtype=np.float64)], (8, 8), TypeError, r"student\[0\]: wanted dtype float32.*got float64"),
-        ([level()], [level()], (0, 8), ValueError, r"image_size: wanted .* at least 1, got \(0, 8\)"),
+        (
+            [level()],
+            [level(dtype=np.float64)],
+            (8, 8),
+            TypeError,
+            r"student\[0\]: wanted dtype .*float32 like the first level, got float64",
+        ),
+        ([level()], [level()], (0, 8), ValueError, r"image_size: wanted .* of 1 to .*, got \(0, 8\)"),
         ([level()], [level()], (8, -1), ValueError, r"image_size.*got \(8, -1\)"),
         ([level()], [level()], 8, TypeError, "image_size: wanted two whole numbers"),
         ([level()], [level()], (8, 8.5), TypeError, "image_size: wanted two whole numbers"),
@@ -284,11 +380,36 @@ def test_bad_input(teacher, student, image_size, error, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"combine": "mean"}, ValueError, "combine: wanted 'product' or 'sum' or 'maximum', got 'mean'"),
+        ({"weights": [1, 2]}, ValueError, r"weights: wanted 1 finite numbers of at least 0, got \[1.0, 2.0\]"),
+        ({"weights": [-1]}, ValueError, "weights: wanted 1 finite numbers of at least 0"),
+        ({"weights": [float("nan")]}, ValueError, "weights: wanted 1 finite"),
+        ({"weights": ["a"]}, TypeError, "weights: wanted a number for each level"),
+        ({"weights": 1}, TypeError, "weights: wanted a number for each level"),
+        ({"weights": {"other": 1}}, ValueError, r"weights: wanted the levels \[0\] in this order, got \['other'\]"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        anomaly_map([level()], [level()], (8, 8), **options)
+
+
+@pytest.mark.parametrize(
     ("student", "error", "message"),
     [
         (torch.ones(1, 2, 4, 4, device="meta"), ValueError, r"student\[0\]: wanted device cpu.*got meta"),
-        (torch.ones(1, 2, 4, 4).half(), TypeError, r"student\[0\]: wanted dtype float32.*got float16"),
-        (torch.ones(1, 2, 4, 4).int(), TypeError, r"student\[0\]: wanted dtype float32.*got int32"),
+        (
+            torch.ones(1, 2, 4, 4).half(),
+            TypeError,
+            r"student\[0\]: wanted dtype .*float32 like the first level, got .*float16",
+        ),
+        (
+            torch.ones(1, 2, 4, 4).int(),
+            TypeError,
+            r"student\[0\]: wanted dtype .*float32 like the first level, got .*int32",
+        ),
         (torch.ones(1, 2, 4, 4).to_sparse(), TypeError, r"student\[0\]: wanted a strided tensor"),
         (torch.ones(1, 2, 4, 5), ValueError, r"student\[0\]: wanted the teacher's shape"),
     ],

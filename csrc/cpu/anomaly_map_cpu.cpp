@@ -7,20 +7,19 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "../anomaly_map.h"
 #include "../anomaly_map_math.h"
 #include "dispatch.h"
+#include "team.h"
 
 namespace stfpm_ext {
 namespace {
 
-constexpr int64_t kPositionsPerTask = 4 * kTile;
 constexpr int64_t kRowsPerTask = 32;
-// Starting a thread takes some 20 us, in which a core reads about this much.
+// Another thread costs some microseconds, in which a core reads about this much.
 constexpr int64_t kBytesPerThread = 256 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -50,22 +49,6 @@ class TaskQueue {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-/// Runs `body` on the caller's thread and up to `num_threads` - 1 others. They live for one call only: nothing to
-/// survive a fork or the interpreter's end, no pool beside torch's. With fewer threads than asked, the rest do the
-/// work.
-template <class Body>
-void run_team(int64_t num_threads, const Body& body) {
-  std::vector<std::thread> others;
-  try {
-    others.reserve(static_cast<size_t>(std::max<int64_t>(num_threads - 1, 0)));
-    while (static_cast<int64_t>(others.size()) < num_threads - 1) others.emplace_back(body);
-  } catch (const std::system_error&) {
-    // The system grants no more threads.
-  }
-  body();
-  for (std::thread& other : others) other.join();
-}
-
 /// Source columns of a level for every column of the map.
 template <class Real>
 struct ColumnTable {
@@ -94,7 +77,7 @@ struct DistanceTask {
 };
 
 template <class Real>
-void anomaly_map_of(const AnomalyMapParams& params, int64_t num_threads) {
+void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   const Kernels& kernel = kernels();
 
   std::vector<ColumnTable<Real>> tables;
@@ -113,8 +96,8 @@ void anomaly_map_of(const AnomalyMapParams& params, int64_t num_threads) {
   for (int64_t image = 0; image < params.batch; ++image)
     for (int index = 0; index < params.num_levels; ++index) {
       const int64_t positions = params.levels[index].height * params.levels[index].width;
-      for (int64_t begin = 0; begin < positions; begin += kPositionsPerTask)
-        distance_tasks.push_back({index, image, begin, std::min(begin + kPositionsPerTask, positions)});
+      for (int64_t begin = 0; begin < positions; begin += kTile)
+        distance_tasks.push_back({index, image, begin, std::min(begin + kTile, positions)});
     }
   const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back())]);
   const auto distance_map = [&](int level, int64_t image) {
@@ -130,7 +113,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int64_t num_threads) {
   TaskQueue distance_queue(static_cast<int64_t>(distance_tasks.size()));
   TaskQueue row_queue(params.batch * blocks);
   const int64_t bytes = feature_bytes + params.batch * pixels * static_cast<int64_t>(sizeof(Real));
-  run_team(std::min(num_threads, ceil_div(bytes, kBytesPerThread)), [&] {
+  run_team(static_cast<int>(std::min<int64_t>(num_threads, ceil_div(bytes, kBytesPerThread))), [&] {
     distance_queue.work([&](int64_t index) {
       const DistanceTask& task = distance_tasks[static_cast<size_t>(index)];
       kernel.distances(params.dtype, params.levels[task.level], task.image, task.begin, task.end,
@@ -143,8 +126,8 @@ void anomaly_map_of(const AnomalyMapParams& params, int64_t num_threads) {
       const void* image_distances[kMaxLevels] = {};
       for (int level = 0; level < params.num_levels; ++level) image_distances[level] = distance_map(level, image);
       block_maximum[static_cast<size_t>(index)] =
-          kernel.rows(params, image_distances, columns.data(), begin, std::min(begin + kRowsPerTask, params.height),
-                      static_cast<Real*>(params.map) + image * pixels, scratch.get());
+          kernel.rows(params, image_distances, columns.data(), image, begin,
+                      std::min(begin + kRowsPerTask, params.height), scratch.get());
     });
   });
 

@@ -29,15 +29,12 @@ inline double load(float value) { return static_cast<double>(value); }
 inline double load(double value) { return value; }
 inline double load(BFloat16 value) { return static_cast<double>(float_from_bits(uint32_t{value.bits} << 16)); }
 
-/// Exact for every half, in integer arithmetic that compilers vectorise. Rebasing the exponent takes 112 more;
-/// subnormals are rebuilt by subtracting 2^-14 from a normal number, infinity and NaN take a further 112.
+/// Exact for every half, in arithmetic that compilers vectorise: a float of the same fraction, whose exponent is too
+/// small by 112 until it is multiplied by 2^112 (subnormals too); what comes out beyond all halves is infinity or NaN.
 inline double load(Half value) {
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
-  const uint32_t exponent = magnitude & 0x0f800000u;
-  const uint32_t normal = magnitude + 0x38000000u;
-  const float subnormal = float_from_bits(magnitude + 0x38800000u) - 6.103515625e-05f;
-  const float unsigned_value =
-      exponent == 0 ? subnormal : float_from_bits(exponent == 0x0f800000u ? normal + 0x38000000u : normal);
+  const float finite = float_from_bits(magnitude) * 0x1p112f;
+  const float unsigned_value = finite < 65536.0f ? finite : float_from_bits(magnitude | 0x7f800000u);
   return static_cast<double>(value.bits & 0x8000u ? -unsigned_value : unsigned_value);
 }
 
@@ -56,77 +53,115 @@ struct Plane {
   const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-/// `count` <= kTile positions that are neighbours in memory (NCHW): one pass over the channels, a lane per position.
-template <class T, class Real>
-void planar_distances(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
-                      int64_t channels, int64_t count, Real* distances) {
-  double tt[kTile] = {}, ss[kTile] = {}, ts[kTile] = {};
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    const T* t_row = teacher + channel * teacher_stride;
-    const T* s_row = student + channel * student_stride;
+/// The dot products of up to kTile positions.
+struct DotProducts {
+  double teacher_teacher[kTile], student_student[kTile], teacher_student[kTile];
+};
+
+/// Adds kChannels channels of `count` positions that are neighbours in memory (NCHW): a lane for each position. Several
+/// channels at a time, since the sums are read and written back for each lot.
+template <int kChannels, class T>
+void add_channels(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride, int64_t count,
+                  DotProducts& sums) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const double t = load(t_row[i]), s = load(s_row[i]);
-      tt[i] = multiply_add(t, t, tt[i]);
-      ss[i] = multiply_add(s, s, ss[i]);
-      ts[i] = multiply_add(t, s, ts[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    double tt = sums.teacher_teacher[i], ss = sums.student_student[i], ts = sums.teacher_student[i];
+#pragma GCC unroll 8
+    for (int channel = 0; channel < kChannels; ++channel) {
+      const double t = load(teacher[channel * teacher_stride + i]), s = load(student[channel * student_stride + i]);
+      tt = multiply_add(t, t, tt);
+      ss = multiply_add(s, s, ss);
+      ts = multiply_add(t, s, ts);
     }
+    sums.teacher_teacher[i] = tt;
+    sums.student_student[i] = ss;
+    sums.teacher_student[i] = ts;
   }
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) distances[i] = static_cast<Real>(half_squared_distance(tt[i], ss[i], ts[i]));
 }
 
-/// One position whose channels lie `stride` apart. The lanes are a fixed number of partial sums, added up in a fixed
-/// order, so that the result is the same for every vector width.
 template <class T>
-double strided_distance(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
-                        int64_t channels) {
+void add_positions_side_by_side(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
+                                int64_t channels, int64_t count, DotProducts& sums) {
+  for (int64_t i = 0; i < count; ++i) sums.teacher_teacher[i] = sums.student_student[i] = sums.teacher_student[i] = 0;
+  constexpr int kLot = 4;
+  int64_t channel = 0;
+  for (; channel + kLot <= channels; channel += kLot)
+    add_channels<kLot>(teacher + channel * teacher_stride, teacher_stride, student + channel * student_stride,
+                       student_stride, count, sums);
+  for (; channel < channels; ++channel)
+    add_channels<1>(teacher + channel * teacher_stride, teacher_stride, student + channel * student_stride,
+                    student_stride, count, sums);
+}
+
+/// One position, whose channels lie `stride` apart (1: channels_last). The lanes are a fixed number of partial sums,
+/// added up in a fixed order, so that the result is the same for every vector width.
+template <class T>
+void add_one_position(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
+                      int64_t channels, int64_t position, DotProducts& sums) {
   constexpr int64_t kLanes = 16;
   double tt[kLanes] = {}, ss[kLanes] = {}, ts[kLanes] = {};
-  const auto add = [&](int64_t channel, int64_t lane) {
+  int64_t channel = 0;
+  for (; channel + kLanes <= channels; channel += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double t = load(teacher[(channel + lane) * teacher_stride]);
+      const double s = load(student[(channel + lane) * student_stride]);
+      tt[lane] = multiply_add(t, t, tt[lane]);
+      ss[lane] = multiply_add(s, s, ss[lane]);
+      ts[lane] = multiply_add(t, s, ts[lane]);
+    }
+  }
+  for (int64_t lane = 0; channel < channels; ++channel, ++lane) {
     const double t = load(teacher[channel * teacher_stride]), s = load(student[channel * student_stride]);
     tt[lane] = multiply_add(t, t, tt[lane]);
     ss[lane] = multiply_add(s, s, ss[lane]);
     ts[lane] = multiply_add(t, s, ts[lane]);
-  };
-  int64_t channel = 0;
-  for (; channel + kLanes <= channels; channel += kLanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) add(channel + lane, lane);
   }
-  for (; channel < channels; ++channel) add(channel, channel % kLanes);
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t lane = 0; lane < half; ++lane) {
       tt[lane] += tt[lane + half];
       ss[lane] += ss[lane + half];
       ts[lane] += ts[lane + half];
     }
-  return half_squared_distance(tt[0], ss[0], ts[0]);
+  sums.teacher_teacher[position] = tt[0];
+  sums.student_student[position] = ss[0];
+  sums.teacher_student[position] = ts[0];
+}
+
+/// Whether the positions of a row, or even of the whole level, are neighbours in memory.
+bool columns_adjacent(const Level& level, const Features& features) {
+  return level.width == 1 || features.column_stride == 1;
+}
+bool rows_adjacent(const Level& level, const Features& features) {
+  return level.height == 1 || features.row_stride == level.width;
 }
 
 template <class T, class Real>
 void level_distances(const Level& level, int64_t image, int64_t begin, int64_t end, Real* distances) {
   const Plane<T> teacher(level.teacher, image), student(level.student, image);
-  const int64_t width = level.width;
-  const bool columns_adjacent = width == 1 || (teacher.column_stride == 1 && student.column_stride == 1);
-  const bool rows_adjacent = level.height == 1 || (teacher.row_stride == width && student.row_stride == width);
-  for (int64_t position = begin; position < end;) {
-    const int64_t row = position / width, column = position % width;
-    const T* t = teacher.at(row, column);
-    const T* s = student.at(row, column);
-    if (columns_adjacent) {
-      int64_t count = end - position;
-      if (!rows_adjacent && count > width - column) count = width - column;
-      if (count > kTile) count = kTile;
-      planar_distances(t, teacher.channel_stride, s, student.channel_stride, level.channels, count,
-                       distances + position);
-      position += count;
+  const bool side_by_side = columns_adjacent(level, level.teacher) && columns_adjacent(level, level.student);
+  const bool whole_level = rows_adjacent(level, level.teacher) && rows_adjacent(level, level.student);
+  DotProducts sums;
+  for (int64_t position = begin, count; position < end; position += count) {
+    const int64_t row = position / level.width, column = position % level.width;
+    count = end - position < kTile ? end - position : kTile;
+    if (!(side_by_side && whole_level) && count > level.width - column) count = level.width - column;
+    const T* const t = teacher.at(row, column);
+    const T* const s = student.at(row, column);
+    if (side_by_side) {
+      add_positions_side_by_side(t, teacher.channel_stride, s, student.channel_stride, level.channels, count, sums);
     } else if (teacher.channel_stride == 1 && student.channel_stride == 1) {
-      distances[position++] = static_cast<Real>(strided_distance(t, 1, s, 1, level.channels));
+      for (int64_t i = 0; i < count; ++i)
+        add_one_position(t + i * teacher.column_stride, 1, s + i * student.column_stride, 1, level.channels, i, sums);
     } else {
-      distances[position++] =
-          static_cast<Real>(strided_distance(t, teacher.channel_stride, s, student.channel_stride, level.channels));
+      for (int64_t i = 0; i < count; ++i)
+        add_one_position(t + i * teacher.column_stride, teacher.channel_stride, s + i * student.column_stride,
+                         student.channel_stride, level.channels, i, sums);
     }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+      distances[position + i] = static_cast<Real>(
+          half_squared_distance(sums.teacher_teacher[i], sums.student_student[i], sums.teacher_student[i]));
   }
 }
 
@@ -169,10 +204,26 @@ struct StretchedRows {
   }
 };
 
+/// Interpolates between two stretched rows and combines the result with the levels before.
+template <class Real, class Combine>
+void add_level_to_row(const Real* low, const Real* high, Real low_weight, Real high_weight, int64_t width,
+                      Real* level_row, Real* row, bool first, Combine combine) {
+  if (first)
+    for (int64_t x = 0; x < width; ++x) row[x] = Combine::identity;
+#pragma omp simd
+  for (int64_t x = 0; x < width; ++x) row[x] = combine(row[x], low_weight * low[x] + high_weight * high[x]);
+  if (level_row != nullptr) {
+#pragma omp simd
+    for (int64_t x = 0; x < width; ++x) level_row[x] = low_weight * low[x] + high_weight * high[x];
+  }
+}
+
 template <class Real>
-double map_rows(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t begin,
-                int64_t end, Real* map, Real* scratch) {
-  const int64_t width = params.width;
+double map_rows(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
+                int64_t begin, int64_t end, Real* scratch) {
+  const int64_t width = params.width, pixels = params.height * width;
+  Real* const map = static_cast<Real*>(params.map) + image * pixels;
+  Real* const level_maps = static_cast<Real*>(params.level_maps);
   StretchedRows<Real> stretched[kMaxLevels];
   for (int level = 0; level < params.num_levels; ++level)
     for (Real*& slot : stretched[level].slot) {
@@ -183,38 +234,43 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
   Real maximum = -1;  // distances are not negative
   bool has_nan = false;
   for (int64_t y = begin; y < end; ++y) {
-    Real* const out = map + y * width;
+    Real* const row = map + y * width;
     for (int index = 0; index < params.num_levels; ++index) {
       const Level& level = params.levels[index];
       const Real* const level_distances = static_cast<const Real*>(distances[index]);
-      const auto [low_row, high_row, low_weight, high_weight] = interpolation<Real>(y, level.height, params.height);
-      const Real* const low = stretched[index].get(low_row, level_distances, level.width, columns[index], width);
-      const Real* const high = stretched[index].get(high_row, level_distances, level.width, columns[index], width);
-      const Real a = low_weight, b = high_weight;
-      if (index == 0) {
-#pragma omp simd
-        for (int64_t x = 0; x < width; ++x) out[x] = a * low[x] + b * high[x];
-      } else {
-#pragma omp simd
-        for (int64_t x = 0; x < width; ++x) out[x] *= a * low[x] + b * high[x];
-      }
+      const auto source = interpolation<Real>(y, level.height, params.height);
+      const Real* const low = stretched[index].get(source.low, level_distances, level.width, columns[index], width);
+      const Real* const high = stretched[index].get(source.high, level_distances, level.width, columns[index], width);
+      Real* const level_row =
+          level_maps == nullptr ? nullptr : level_maps + (image * params.num_levels + index) * pixels + y * width;
+      const auto add_level = [&](auto combine) {
+        add_level_to_row(low, high, source.low_weight, source.high_weight, width, level_row, row, index == 0, combine);
+      };
+      if (params.combination == Combination::kSum)
+        add_level(WeightedSum{level.weight});
+      else if (params.combination == Combination::kMaximum)
+        add_level(WeightedMaximum{level.weight});
+      else if (level.weight == 1.0)
+        add_level(Product{});
+      else
+        add_level(WeightedProduct{level.weight});
     }
     int row_has_nan = 0;
 #pragma omp simd reduction(max : maximum) reduction(| : row_has_nan)
     for (int64_t x = 0; x < width; ++x) {
-      maximum = out[x] > maximum ? out[x] : maximum;
-      row_has_nan |= out[x] != out[x];
+      maximum = row[x] > maximum ? row[x] : maximum;
+      row_has_nan |= row[x] != row[x];
     }
     has_nan |= row_has_nan != 0;
   }
   return has_nan ? static_cast<double>(NAN) : static_cast<double>(maximum);
 }
 
-double rows_of(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t begin,
-               int64_t end, void* map, void* scratch) {
+double rows_of(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
+               int64_t begin, int64_t end, void* scratch) {
   if (params.dtype == DType::kFloat64)
-    return map_rows(params, distances, columns, begin, end, static_cast<double*>(map), static_cast<double*>(scratch));
-  return map_rows(params, distances, columns, begin, end, static_cast<float*>(map), static_cast<float*>(scratch));
+    return map_rows(params, distances, columns, image, begin, end, static_cast<double*>(scratch));
+  return map_rows(params, distances, columns, image, begin, end, static_cast<float*>(scratch));
 }
 
 }  // namespace

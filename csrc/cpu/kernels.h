@@ -9,8 +9,9 @@
 
 namespace stfpm_ext {
 
-/// Positions of a level are handed out in multiples of this, whatever the number of threads.
-constexpr int64_t kTile = 256;
+/// The most positions whose dot products are summed up at a time: longer stretches of each channel are read faster,
+/// while the sums (24 KiB) must stay in the nearest caches.
+constexpr int64_t kTile = 1024;
 
 /// How the columns of a level map onto the columns of the map: `width` entries each. Real: float or double.
 struct Columns {
@@ -24,13 +25,14 @@ struct Columns {
 struct Kernels {
   const char* isa;
 
-  /// Writes the distances d (Real) of positions [begin, end) of one level, row-major; begin is a multiple of kTile.
+  /// Writes the distances d (Real) of positions [begin, end) of one level, row-major.
   void (*distances)(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* distances);
 
-  /// Writes rows [begin, end) of one image's map and returns their maximum, or NaN if there is one.
-  /// `distances[l]`: the image's distances at level l, [height, width]. `scratch`: 2 * num_levels * width Reals.
-  double (*rows)(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t begin,
-                 int64_t end, void* map, void* scratch);
+  /// Writes rows [begin, end) of one image's map (and level maps), and returns the map's maximum in them, or NaN if
+  /// there is one. `distances[l]`: the image's distances at level l, [height, width]. `scratch`: 2 * num_levels * width
+  /// Reals.
+  double (*rows)(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
+                 int64_t begin, int64_t end, void* scratch);
 };
 
 }  // namespace stfpm_ext

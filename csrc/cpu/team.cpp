@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "team.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace stfpm_ext {
+namespace {
+
+std::atomic<bool> is_forked_child{false};
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+
+/// What compilers turn `#pragma omp parallel` into; part of the ABI of libgomp, and of libomp and libiomp5.
+using OpenMpParallel = void (*)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
+
+/// torch makes the symbols of its OpenMP runtime global (libtorch_global_deps), so that this needs no link to it.
+OpenMpParallel torch_parallel() {
+  static std::atomic<OpenMpParallel> found{nullptr};  // looked for again until torch has been imported
+  OpenMpParallel parallel = found.load(std::memory_order_relaxed);
+  if (parallel == nullptr) {
+    parallel = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.store(parallel, std::memory_order_relaxed);
+  }
+  return parallel;
+}
+
+void run_threads(int num_threads, const std::function<void()>& body) {
+  std::vector<std::thread> others;
+  try {
+    for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(body);
+  } catch (const std::system_error&) {
+    // The system grants no more threads.
+  }
+  body();
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+void run_team(int num_threads, const std::function<void()>& body) {
+  if (num_threads <= 1) return body();
+  const OpenMpParallel parallel = is_forked_child ? nullptr : torch_parallel();
+  if (parallel == nullptr) return run_threads(num_threads, body);
+  parallel([](void* data) { (*static_cast<const std::function<void()>*>(data))(); },
+           const_cast<std::function<void()>*>(&body), static_cast<unsigned>(num_threads), 0);
+}
+
+}  // namespace stfpm_ext
