@@ -6,10 +6,33 @@ OUTPUT := demo/output
 CHECKPOINT := $(OUTPUT)/results/StfpmExt/elpv/latest/weights/lightning/model.ckpt
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* autoload/* anomalib_stfpm_ext/*.py*)
 
-.PHONY: test demo lint format clean
+FUZZ_SECONDS ?= 600
+SCORER_TESTS := tests/test_scorer.py tests/test_properties.py tests/test_processes.py
+
+.PHONY: test demo fuzz sanitize lint format clean
 
 test: .venv/test.stamp
 	$(BIN)/pytest
+
+fuzz: .venv/test.stamp
+	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/test_properties.py
+
+# The scorer's tests on builds with sanitizers, which PYTHONPATH puts before the build in .venv. Leaks are not looked
+# for, since Python and torch leave theirs; nor what happens at the interpreter's end, where UBSan objects to pybind11.
+# ThreadSanitizer takes minutes for all tests, so it gets those in which threads meet.
+PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONPATH=build/$(2)
+sanitize: build/address.stamp build/thread.stamp
+	$(call PRELOAD,libasan.so,address) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+		$(BIN)/pytest $(SCORER_TESTS) -k "not interpreter_ends"
+	$(call PRELOAD,libtsan.so,thread) TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+		setarch -R $(BIN)/pytest $(SCORER_TESTS) -k "(threads or layouts or reference or combinations) and not fork"
+
+build/address.stamp: SANITIZERS := address,undefined
+build/thread.stamp: SANITIZERS := thread
+build/%.stamp: .venv/test.stamp
+	$(BIN)/pip install --no-deps --upgrade --target build/$* -C build-dir=build/$*-objects \
+		-C cmake.define.STFPM_EXT_SANITIZE=$(SANITIZERS) .
+	touch $@
 
 demo: .venv/demo.stamp $(CHECKPOINT)
 	$(BIN)/python demo/report.py $(CHECKPOINT) $(OUTPUT)

@@ -18,10 +18,9 @@ from .scorer import OUTPUT_DTYPES, Options, dtype_name, fail
 _INPUTS = "Tensor[] teacher, Tensor[] student"
 _OPTIONS = "float[] weights=[], str combine='product'"
 _LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]  # lives as long as this module
-# Without level_maps the third result is empty, (B, 0, height, width). No weights: 1 for each level.
+# Without weights, each level's is 1. The results: map, scores and, if asked for, level maps.
 _LIBRARY.define(
-    f"anomaly_map({_INPUTS}, SymInt height, SymInt width, *, {_OPTIONS}, bool level_maps=False)"
-    " -> (Tensor amap, Tensor score, Tensor level_maps)"
+    f"anomaly_map({_INPUTS}, SymInt height, SymInt width, *, {_OPTIONS}, bool level_maps=False) -> Tensor[]"
 )
 _LIBRARY.define(
     f"anomaly_map_out({_INPUTS}, *, {_OPTIONS}, Tensor(a!) amap, Tensor(b!) score, Tensor(c!)? level_maps=None) -> ()"
@@ -54,10 +53,11 @@ def anomaly_map(
         return tuple(out)
     if differentiable or _is_exported_without_operators():
         return _formula(teacher, student, image_size, options)
-    result: tuple[torch.Tensor, ...] = torch.ops.anomalib_stfpm_ext.anomaly_map.default(
-        teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
+    return tuple(
+        torch.ops.anomalib_stfpm_ext.anomaly_map.default(
+            teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
+        )
     )
-    return result if options.level_maps else result[:2]
 
 
 def _is_exported_without_operators() -> bool:
@@ -87,10 +87,6 @@ def _formula(
     return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
 
 
-def _options(teacher: Tensors, weights: Sequence[float], combine: str, level_maps: bool) -> Options:
-    return scorer.check_options(weights or None, combine, level_maps, range(len(teacher)))
-
-
 def _allocate(
     teacher: Tensors,
     student: Tensors,
@@ -100,14 +96,17 @@ def _allocate(
     weights: Sequence[float] = (),
     combine: str = "product",
     level_maps: bool = False,
-) -> tuple[torch.Tensor, ...]:
+) -> list[torch.Tensor]:
     """Check the arguments and allocate the results: all that torch.compile and torch.export need to know."""
     scorer.check_features(teacher, student, torch.Tensor)
     image_size = scorer.check_image_size((height, width))
-    shapes = scorer.output_shapes(teacher, image_size, _options(teacher, weights, combine, True))
-    if not level_maps:
-        shapes[2] = (shapes[2][0], 0, *image_size)
-    return tuple(teacher[0].new_empty(shape, dtype=_output_dtype(teacher)) for shape in shapes)
+    options = _options(teacher, weights, combine, level_maps)
+    dtype = _output_dtype(teacher)
+    return [teacher[0].new_empty(shape, dtype=dtype) for shape in scorer.output_shapes(teacher, image_size, options)]
+
+
+def _options(teacher: Tensors, weights: Sequence[float], combine: str, level_maps: bool) -> Options:
+    return scorer.check_options(weights or None, combine, level_maps, range(len(teacher)))
 
 
 def _check_out(
@@ -138,10 +137,9 @@ def _cpu(
     weights: Sequence[float] = (),
     combine: str = "product",
     level_maps: bool = False,
-) -> tuple[torch.Tensor, ...]:
+) -> list[torch.Tensor]:
     outputs = _allocate(teacher, student, height, width, weights=weights, combine=combine, level_maps=level_maps)
-    options = Options(weights or [1.0] * len(teacher), combine, level_maps)
-    _run_core(teacher, student, outputs if level_maps else outputs[:2], options)
+    _run_core(teacher, student, outputs, Options(weights or [1.0] * len(teacher), combine, level_maps))
     return outputs
 
 
@@ -175,10 +173,10 @@ def _default(
     weights: Sequence[float] = (),
     combine: str = "product",
     level_maps: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    *_, no_level_maps = _allocate(teacher, student, height, width, weights=weights, combine=combine)
-    result = _formula(teacher, student, (height, width), _options(teacher, weights, combine, level_maps))
-    return result if level_maps else (*result, no_level_maps)
+) -> list[torch.Tensor]:
+    scorer.check_features(teacher, student, torch.Tensor)
+    image_size = scorer.check_image_size((height, width))
+    return list(_formula(teacher, student, image_size, _options(teacher, weights, combine, level_maps)))
 
 
 def _default_out(
@@ -199,7 +197,7 @@ def _default_out(
 
 
 def _output_dtype(features: Tensors) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(features[0])])
+    dtype: torch.dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(features[0].dtype)])
     return dtype
 
 

@@ -6,6 +6,7 @@ This module checks the arguments and serves NumPy; ``_torch_op`` serves torch; b
 strides. torch is not imported unless the caller has.
 """
 
+import functools
 import math
 import operator
 import os
@@ -136,7 +137,7 @@ def anomaly_map(
     student_levels = [_as_numpy(level) for level in student_levels]
     check_features(teacher_levels, student_levels, np.ndarray, names)
     shapes = output_shapes(teacher_levels, image_size, options)
-    dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0])]
+    dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
     if out is None:
         out = [np.empty(shape, dtype) for shape in shapes]
     else:
@@ -173,7 +174,7 @@ def run_core(
     amap, score, *level_maps = outputs
     batch, _, height, width = amap.shape
     _core.anomaly_map(
-        dtype_name(teacher[0]),
+        dtype_name(teacher[0].dtype),
         levels,
         batch,
         height,
@@ -196,9 +197,10 @@ def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], options: 
     return shapes
 
 
-def dtype_name(array: Any) -> str:
-    """Name an array's or tensor's dtype as NumPy does: ``float32``, not ``torch.float32``."""
-    return str(array.dtype).removeprefix("torch.")
+@functools.cache
+def dtype_name(dtype: object) -> str:
+    """Name a dtype of NumPy or torch as NumPy does: ``float32``, not ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_features(
@@ -225,8 +227,8 @@ def check_features(
         for side, level in (("teacher", t), ("student", s)):
             if not isinstance(level, kind):
                 fail(TypeError, f"{side}[{name!r}]", _qualified(kind), _qualified(type(level)))
-            if level is first and dtype_name(level) not in OUTPUT_DTYPES:
-                fail(TypeError, f"{side}[{name!r}]", f"dtype {' or '.join(OUTPUT_DTYPES)}", dtype_name(level))
+            if level is first and dtype_name(level.dtype) not in OUTPUT_DTYPES:
+                fail(TypeError, f"{side}[{name!r}]", f"dtype {' or '.join(OUTPUT_DTYPES)}", dtype_name(level.dtype))
             if level is first and tensors and str(level.layout) != "torch.strided":
                 fail(TypeError, f"{side}[{name!r}]", "a strided tensor", level.layout)
             if level.dtype != first.dtype:

@@ -81,14 +81,13 @@ struct Product {
   }
 };
 
+// Weights apply in double: a weight that float32 rounds to 0 or infinity is neither.
 struct WeightedProduct {
   double weight;
   static constexpr int identity = 1;
-  STFPM_EXT_HOST_DEVICE float operator()(float combined, float pixel) const {
-    return combined * ::powf(pixel, static_cast<float>(weight));
-  }
-  STFPM_EXT_HOST_DEVICE double operator()(double combined, double pixel) const {
-    return combined * ::pow(pixel, weight);
+  template <class Real>
+  STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
+    return combined * static_cast<Real>(::pow(static_cast<double>(pixel), weight));
   }
 };
 
@@ -97,7 +96,7 @@ struct WeightedSum {
   static constexpr int identity = 0;
   template <class Real>
   STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
-    return combined + static_cast<Real>(weight) * pixel;
+    return combined + static_cast<Real>(weight * static_cast<double>(pixel));
   }
 };
 
@@ -106,7 +105,7 @@ struct WeightedMaximum {
   static constexpr int identity = 0;
   template <class Real>
   STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
-    const Real weighted = static_cast<Real>(weight) * pixel;
+    const Real weighted = static_cast<Real>(weight * static_cast<double>(pixel));
     return combined >= weighted || combined != combined ? combined : weighted;
   }
 };

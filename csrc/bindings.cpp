@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,6 +38,22 @@ Combination combination_from(const std::string& name) {
   throw std::invalid_argument("combination '" + name + "' is not supported");
 }
 
+/// Runs `work` without the GIL. Not by py::gil_scoped_release, whose destructor takes the GIL again: while the
+/// interpreter ends, that unwinds the thread (Python 3.10 to 3.13), and unwinding out of a destructor aborts the
+/// process.
+template <class Work>
+void without_gil(const Work& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) std::rethrow_exception(error);
+}
+
 void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels, int64_t batch, int64_t height,
                  int64_t width, const std::vector<double>& weights, const std::string& combine, uintptr_t map,
                  uintptr_t score, uintptr_t level_maps, int num_threads) {
@@ -61,8 +78,7 @@ void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels
   params.map = reinterpret_cast<void*>(map);
   params.score = reinterpret_cast<void*>(score);
   params.level_maps = reinterpret_cast<void*>(level_maps);
-  const py::gil_scoped_release release;
-  anomaly_map_cpu(params, num_threads);
+  without_gil([&] { anomaly_map_cpu(params, num_threads); });
 }
 
 std::vector<std::string> names_of(const std::vector<const Kernels*>& all) {

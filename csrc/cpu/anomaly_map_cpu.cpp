@@ -70,6 +70,19 @@ struct ColumnTable {
   Columns columns() const { return {low.data(), high.data(), low_weight.data(), high_weight.data()}; }
 };
 
+/// How many positions make one task: as many as a kernel sums up at a time, or fewer where that would leave threads
+/// without work. The distances are the same either way: no position's sum depends on another's.
+int64_t positions_per_task(const AnomalyMapParams& params, int num_threads) {
+  int64_t size = kTile;
+  for (; size > 64; size /= 2) {
+    int64_t tasks = 0;
+    for (int level = 0; level < params.num_levels; ++level)
+      tasks += params.batch * ceil_div(params.levels[level].height * params.levels[level].width, size);
+    if (tasks >= 8 * num_threads) break;
+  }
+  return size;
+}
+
 /// A stretch of one image's positions at one level.
 struct DistanceTask {
   int level;
@@ -85,6 +98,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   std::vector<int64_t> level_offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
   std::vector<DistanceTask> distance_tasks;
   int64_t feature_bytes = 0;
+  const int64_t pixels = params.height * params.width;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
     const int64_t positions = level.height * level.width;
@@ -93,11 +107,14 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     level_offset.push_back(level_offset.back() + params.batch * positions);
     feature_bytes += 2 * params.batch * positions * level.channels * element_size(params.dtype);
   }
+  const int64_t bytes = feature_bytes + params.batch * pixels * static_cast<int64_t>(sizeof(Real));
+  num_threads = static_cast<int>(std::min<int64_t>(num_threads, ceil_div(bytes, kBytesPerThread)));
+  const int64_t task_size = positions_per_task(params, num_threads);
   for (int64_t image = 0; image < params.batch; ++image)
-    for (int index = 0; index < params.num_levels; ++index) {
+    for (int index = params.num_levels - 1; index >= 0; --index) {  // coarse levels first: the largest tasks
       const int64_t positions = params.levels[index].height * params.levels[index].width;
-      for (int64_t begin = 0; begin < positions; begin += kTile)
-        distance_tasks.push_back({index, image, begin, std::min(begin + kTile, positions)});
+      for (int64_t begin = 0; begin < positions; begin += task_size)
+        distance_tasks.push_back({index, image, begin, std::min(begin + task_size, positions)});
     }
   const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back())]);
   const auto distance_map = [&](int level, int64_t image) {
@@ -108,12 +125,10 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   const int64_t blocks = ceil_div(params.height, kRowsPerTask);  // of rows, in each image
   std::vector<double> block_maximum(static_cast<size_t>(params.batch * blocks));
   const int64_t scratch_size = 2 * params.num_levels * params.width;
-  const int64_t pixels = params.height * params.width;
 
   TaskQueue distance_queue(static_cast<int64_t>(distance_tasks.size()));
   TaskQueue row_queue(params.batch * blocks);
-  const int64_t bytes = feature_bytes + params.batch * pixels * static_cast<int64_t>(sizeof(Real));
-  run_team(static_cast<int>(std::min<int64_t>(num_threads, ceil_div(bytes, kBytesPerThread))), [&] {
+  run_team(num_threads, [&] {
     distance_queue.work([&](int64_t index) {
       const DistanceTask& task = distance_tasks[static_cast<size_t>(index)];
       kernel.distances(params.dtype, params.levels[task.level], task.image, task.begin, task.end,

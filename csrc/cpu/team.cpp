@@ -22,6 +22,9 @@ using OpenMpParallel = void (*)(void (*function)(void*), void* data, unsigned nu
 
 /// torch makes the symbols of its OpenMP runtime global (libtorch_global_deps), so that this needs no link to it.
 OpenMpParallel torch_parallel() {
+#ifdef __SANITIZE_THREAD__
+  return nullptr;  // ThreadSanitizer does not see how libgomp synchronises its threads, and would call it a race
+#endif
   static std::atomic<OpenMpParallel> found{nullptr};  // looked for again until torch has been imported
   OpenMpParallel parallel = found.load(std::memory_order_relaxed);
   if (parallel == nullptr) {
