@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
@@ -120,13 +121,45 @@ def print_table(cases: list[dict[str, Any]]) -> None:
     Console(width=130).print(table)
 
 
+def draw(cases: list[dict[str, Any]], file: Path) -> None:
+    """Draw the speed-up over both peers by batch and by image size, and the share of the machine's bandwidth."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    by_batch = [case for case in cases if case["size"] == 256]
+    by_size = [case for case in cases if case["batch"] == 1]
+    for axis, selected, key in ((axes[0], by_batch, "batch"), (axes[1], by_size, "size")):
+        for layout, line in zip(LAYOUTS, ("-", "--"), strict=True):
+            points = sorted((case for case in selected if case["layout"] == layout), key=lambda case: case[key])
+            for peer, colour in (("eager", "tab:orange"), ("compiled", "tab:blue")):
+                speedup = [case["seconds"][peer] / case["seconds"]["ours"] for case in points]
+                axis.plot(
+                    [case[key] for case in points], speedup, line, color=colour, marker="o", label=f"{peer}, {layout}"
+                )
+        axis.set(xscale="log", yscale="log", xlabel=key, ylabel="times faster than anomalib")
+        axis.set_xticks([case[key] for case in points], [str(case[key]) for case in points], minor=False)
+        axis.axhline(1, color="grey", linewidth=0.5)
+    axes[0].legend(fontsize=8)
+    for layout, line in zip(LAYOUTS, ("-", "--"), strict=True):
+        points = sorted((case for case in by_batch if case["layout"] == layout), key=lambda case: case["batch"])
+        for name, colour in (("eager", "tab:orange"), ("compiled", "tab:blue"), ("ours", "tab:green")):
+            share = [case["floor"] / case["seconds"][name] for case in points]
+            axes[2].plot(
+                [case["batch"] for case in points], share, line, color=colour, marker="o", label=f"{name}, {layout}"
+            )
+    axes[2].set(xscale="log", ylim=(0, 1), xlabel="batch", ylabel="share of the machine's bandwidth")
+    axes[2].set_xticks([case["batch"] for case in points], [str(case["batch"]) for case in points], minor=False)
+    axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=75)
+
+
 def main() -> None:
     """Measure the cases given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batches of 256x256 images")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 1024, 4096], help="sizes of single images")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them, as a PNG")
     arguments = parser.parse_args()
 
     bandwidth = measure_bandwidth()
@@ -143,14 +176,15 @@ def main() -> None:
     cases = [
         measure(batch, size, layout, getattr(torch, dtype), bandwidth)
         for dtype in arguments.dtypes
-        for size in arguments.sizes
-        for batch in arguments.batches
+        for batch, size in [(batch, 256) for batch in arguments.batches] + [(1, size) for size in arguments.sizes]
         for layout in LAYOUTS
     ]
     print_table(cases)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+    if arguments.plot:
+        draw(cases, arguments.plot)
 
 
 if __name__ == "__main__":
