@@ -30,8 +30,7 @@ sanitize: build/address.stamp build/thread.stamp
 build/address.stamp: SANITIZERS := address,undefined
 build/thread.stamp: SANITIZERS := thread
 build/%.stamp: .venv/test.stamp
-	$(BIN)/pip install --no-deps --upgrade --target build/$* -C build-dir=build/$*-objects \
-		-C cmake.define.STFPM_EXT_SANITIZE=$(SANITIZERS) .
+	$(BIN)/pip install --no-deps --upgrade --target build/$* -C cmake.define.STFPM_EXT_SANITIZE=$(SANITIZERS) .
 	touch $@
 
 demo: .venv/demo.stamp $(CHECKPOINT)

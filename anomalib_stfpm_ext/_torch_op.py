@@ -17,7 +17,7 @@ from .scorer import OUTPUT_DTYPES, Options, dtype_name, fail
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
 _OPTIONS = "float[] weights=[], str combine='product'"
-_LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]  # lives as long as this module
+_LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]
 # Without weights, each level's is 1. The results: map, scores and, if asked for, level maps.
 _LIBRARY.define(
     f"anomaly_map({_INPUTS}, SymInt height, SymInt width, *, {_OPTIONS}, bool level_maps=False) -> Tensor[]"
@@ -87,76 +87,61 @@ def _formula(
     return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
 
 
-def _allocate(
-    teacher: Tensors,
-    student: Tensors,
-    height: int,
-    width: int,
-    *,
-    weights: Sequence[float] = (),
-    combine: str = "product",
-    level_maps: bool = False,
-) -> list[torch.Tensor]:
+def _allocate(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
     """Check the arguments and allocate the results: all that torch.compile and torch.export need to know."""
     scorer.check_features(teacher, student, torch.Tensor)
-    image_size = scorer.check_image_size((height, width))
-    options = _options(teacher, weights, combine, level_maps)
+    shapes = scorer.output_shapes(teacher, scorer.check_image_size((height, width)), _options(teacher, **options))
     dtype = _output_dtype(teacher)
-    return [teacher[0].new_empty(shape, dtype=dtype) for shape in scorer.output_shapes(teacher, image_size, options)]
+    return [teacher[0].new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _options(teacher: Tensors, weights: Sequence[float], combine: str, level_maps: bool) -> Options:
-    return scorer.check_options(weights or None, combine, level_maps, range(len(teacher)))
+def _cpu(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
+    outputs = _allocate(teacher, student, height, width, **options)
+    _run_core(teacher, student, outputs, _options(teacher, **options))
+    return outputs
+
+
+def _default(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
+    scorer.check_features(teacher, student, torch.Tensor)
+    image_size = scorer.check_image_size((height, width))
+    return list(_formula(teacher, student, image_size, _options(teacher, **options)))
 
 
 def _check_out(
     teacher: Tensors,
     student: Tensors,
     *,
-    weights: Sequence[float] = (),
-    combine: str = "product",
     amap: torch.Tensor,
     score: torch.Tensor,
     level_maps: torch.Tensor | None = None,
-) -> None:
+    **options: Any,
+) -> tuple[list[torch.Tensor], Options]:
+    """Check the arguments, and return the memory for the results and the options."""
     scorer.check_features(teacher, student, torch.Tensor)
-    options = _options(teacher, weights, combine, level_maps is not None)
-    out = [amap, score] if level_maps is None else [amap, score, level_maps]
+    checked = _options(teacher, level_maps=level_maps is not None, **options)
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
-    shapes = scorer.output_shapes(teacher, scorer.check_image_size(amap.shape[2:]), options)
-    scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
-
-
-def _cpu(
-    teacher: Tensors,
-    student: Tensors,
-    height: int,
-    width: int,
-    *,
-    weights: Sequence[float] = (),
-    combine: str = "product",
-    level_maps: bool = False,
-) -> list[torch.Tensor]:
-    outputs = _allocate(teacher, student, height, width, weights=weights, combine=combine, level_maps=level_maps)
-    _run_core(teacher, student, outputs, Options(weights or [1.0] * len(teacher), combine, level_maps))
-    return outputs
-
-
-def _cpu_out(
-    teacher: Tensors,
-    student: Tensors,
-    *,
-    weights: Sequence[float] = (),
-    combine: str = "product",
-    amap: torch.Tensor,
-    score: torch.Tensor,
-    level_maps: torch.Tensor | None = None,
-) -> None:
-    _check_out(teacher, student, weights=weights, combine=combine, amap=amap, score=score, level_maps=level_maps)
+    shapes = scorer.output_shapes(teacher, scorer.check_image_size(amap.shape[2:]), checked)
     out = [amap, score] if level_maps is None else [amap, score, level_maps]
+    scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
+    return out, checked
+
+
+def _cpu_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
+    out, options = _check_out(teacher, student, **arguments)
     scorer.check_overlap((*teacher, *student), out, torch.Tensor.data_ptr, torch.Tensor.stride)
-    _run_core(teacher, student, out, _options(teacher, weights, combine, level_maps is not None))
+    _run_core(teacher, student, out, options)
+
+
+def _default_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
+    out, options = _check_out(teacher, student, **arguments)
+    image_size = (out[0].shape[2], out[0].shape[3])
+    for output, result in zip(out, _formula(teacher, student, image_size, options), strict=True):
+        output.copy_(result)
+
+
+def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
+    _check_out(teacher, student, **arguments)
 
 
 def _run_core(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
@@ -164,36 +149,10 @@ def _run_core(teacher: Tensors, student: Tensors, outputs: Tensors, options: Opt
     scorer.run_core(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride, threads)
 
 
-def _default(
-    teacher: Tensors,
-    student: Tensors,
-    height: int,
-    width: int,
-    *,
-    weights: Sequence[float] = (),
-    combine: str = "product",
-    level_maps: bool = False,
-) -> list[torch.Tensor]:
-    scorer.check_features(teacher, student, torch.Tensor)
-    image_size = scorer.check_image_size((height, width))
-    return list(_formula(teacher, student, image_size, _options(teacher, weights, combine, level_maps)))
-
-
-def _default_out(
-    teacher: Tensors,
-    student: Tensors,
-    *,
-    weights: Sequence[float] = (),
-    combine: str = "product",
-    amap: torch.Tensor,
-    score: torch.Tensor,
-    level_maps: torch.Tensor | None = None,
-) -> None:
-    _check_out(teacher, student, weights=weights, combine=combine, amap=amap, score=score, level_maps=level_maps)
-    out = [amap, score] if level_maps is None else [amap, score, level_maps]
-    options = _options(teacher, weights, combine, level_maps is not None)
-    for output, result in zip(out, _formula(teacher, student, (amap.shape[2], amap.shape[3]), options), strict=True):
-        output.copy_(result)
+def _options(
+    teacher: Tensors, weights: Sequence[float] = (), combine: str = "product", level_maps: bool = False
+) -> Options:
+    return scorer.check_options(weights or None, combine, level_maps, range(len(teacher)))
 
 
 def _output_dtype(features: Tensors) -> torch.dtype:
@@ -207,4 +166,4 @@ _LIBRARY.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices w
 torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _allocate)
 _LIBRARY.impl("anomaly_map_out", _cpu_out, "CPU")
 _LIBRARY.impl("anomaly_map_out", _default_out, "CompositeExplicitAutograd")
-torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _check_out)
+torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _fake_out)
