@@ -16,6 +16,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -40,6 +41,9 @@ class StfpmExt(AnomalibModule):
         lr (float): Learning rate of SGD. Defaults to ``0.4``, as in the paper.
         momentum (float): Momentum of SGD. Defaults to ``0.9``, as in the paper.
         weight_decay (float): Weight decay of SGD. Defaults to ``1e-4``, as in the paper.
+        seed (int | None): Seed of Python's, NumPy's and torch's random numbers, set before the student is initialised:
+            with it a training run can be repeated. It is here since anomalib's command line accepts
+            ``--seed_everything`` and ignores it. Defaults to ``None``, which leaves them alone.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to 256x256 and normalises as
             the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
@@ -69,11 +73,14 @@ class StfpmExt(AnomalibModule):
         lr: float = 0.4,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        if seed is not None:
+            seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights)
         if pre_processor is True:
             config = timm.get_pretrained_cfg(backbone)
@@ -100,7 +107,7 @@ class StfpmExt(AnomalibModule):
         del args, kwargs
         teacher, student = self.model(batch.image)
         loss = self.loss(teacher, student)
-        self.log("train_loss", loss, on_epoch=True, prog_bar=True, logger=True, batch_size=len(batch.image))
+        self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -114,17 +114,21 @@ def anomalib(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
+def image_metrics(output: str) -> list[str]:
+    """Return the rows of AUROC and F1 in the table that anomalib prints."""
+    return [line for line in output.splitlines() if "image_" in line]
+
+
 def test_command_line(images, tmp_path):
     """Train from a YAML, then every other subcommand on the checkpoint, with each way to name the class."""
     data = {"name": "noise", "root": str(images), "normal_dir": "good", "normal_test_dir": "good_test"}
     data |= {"abnormal_dir": "bad", "num_workers": 0, "train_batch_size": 4}
-    model = {"backbone": "test_resnet", "layers": ["layer1", "layer3"], "teacher_weights": False, "lr": 0.1}
+    model = {"backbone": "test_resnet", "layers": ["layer1", "layer3"], "teacher_weights": False, "lr": 0.1, "seed": 0}
     trainer = {"max_epochs": 1, "logger": False, "accelerator": "cpu"}
 
     def config(class_path: str) -> Path:
         path = tmp_path / f"{class_path}.yaml"
         content = {
-            "seed_everything": 0,
             "model": {"class_path": class_path, "init_args": model},
             "data": {"class_path": "Folder", "init_args": data},
             "trainer": trainer,
@@ -135,13 +139,20 @@ def test_command_line(images, tmp_path):
     help_text = anomalib("train", "--model.help", "StfpmExt", cwd=tmp_path)
     for argument in ("backbone", "layers", "teacher_weights", "lr", "momentum", "weight_decay"):
         assert f"--model.{argument} " in help_text
-    output = anomalib("train", "--config", config("StfpmExt"), cwd=tmp_path)
-    assert "image_AUROC" in output
+    metrics = image_metrics(anomalib("train", "--config", config("StfpmExt"), cwd=tmp_path))
+    assert len(metrics) == 2
     assert list(tmp_path.glob("results/StfpmExt/noise/v0/images/bad/*.png"))
     checkpoint = tmp_path / "results/StfpmExt/noise/v0/weights/lightning/model.ckpt"
-    for subcommand, class_path in (("test", "anomalib.models.StfpmExt"), ("validate", "anomalib_stfpm_ext.StfpmExt")):
-        anomalib(subcommand, "--config", config(class_path), "--ckpt_path", checkpoint, cwd=tmp_path)
+    again = anomalib("test", "--config", config("anomalib.models.StfpmExt"), "--ckpt_path", checkpoint, cwd=tmp_path)
+    assert image_metrics(again) == metrics
+    anomalib("validate", "--config", config("anomalib_stfpm_ext.StfpmExt"), "--ckpt_path", checkpoint, cwd=tmp_path)
     anomalib("fit", "--config", config("StfpmExt"), cwd=tmp_path)
+    first, second = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (checkpoint, Path(str(checkpoint).replace("v0", "v1")))
+    )
+    student = [name for name in first if "student_model" in name]
+    assert all(torch.equal(first[name], second[name]) for name in student)  # the same seed
     named = ["--model", "StfpmExt", "--model.backbone", "test_resnet", "--model.layers", "[layer1,layer3]"]
     named += ["--model.teacher_weights", "false", "--ckpt_path", checkpoint]
     anomalib("predict", *named, "--data", images / "bad", cwd=tmp_path)
