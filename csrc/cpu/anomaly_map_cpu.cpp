@@ -94,6 +94,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   const Kernels& kernel = kernels();
 
   std::vector<ColumnTable<Real>> tables;
+  tables.reserve(static_cast<size_t>(params.num_levels));
   std::vector<Columns> columns;
   std::vector<int64_t> level_offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
   std::vector<DistanceTask> distance_tasks;
@@ -108,7 +109,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     feature_bytes += 2 * params.batch * positions * level.channels * element_size(params.dtype);
   }
   const int64_t bytes = feature_bytes + params.batch * pixels * static_cast<int64_t>(sizeof(Real));
-  num_threads = static_cast<int>(std::min<int64_t>(num_threads, ceil_div(bytes, kBytesPerThread)));
+  num_threads = static_cast<int>(std::clamp<int64_t>(ceil_div(bytes, kBytesPerThread), 1, std::max(num_threads, 1)));
   const int64_t task_size = positions_per_task(params, num_threads);
   for (int64_t image = 0; image < params.batch; ++image)
     for (int index = params.num_levels - 1; index >= 0; --index) {  // coarse levels first: the largest tasks
@@ -124,25 +125,28 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
 
   const int64_t blocks = ceil_div(params.height, kRowsPerTask);  // of rows, in each image
   std::vector<double> block_maximum(static_cast<size_t>(params.batch * blocks));
+
+  // All memory is taken here: a thread of the team has no way to report that there is none.
   const int64_t scratch_size = 2 * params.num_levels * params.width;
+  const std::unique_ptr<Real[]> all_scratch(new Real[static_cast<size_t>(num_threads * scratch_size)]);
+  std::atomic<int> next_member{0};
 
   TaskQueue distance_queue(static_cast<int64_t>(distance_tasks.size()));
   TaskQueue row_queue(params.batch * blocks);
   run_team(num_threads, [&] {
+    Real* const scratch = all_scratch.get() + next_member.fetch_add(1) * scratch_size;
     distance_queue.work([&](int64_t index) {
       const DistanceTask& task = distance_tasks[static_cast<size_t>(index)];
       kernel.distances(params.dtype, params.levels[task.level], task.image, task.begin, task.end,
                        distance_map(task.level, task.image));
     });
-    const std::unique_ptr<Real[]> scratch(new Real[static_cast<size_t>(scratch_size)]);
     distance_queue.wait();
     row_queue.work([&](int64_t index) {
       const int64_t image = index / blocks, begin = index % blocks * kRowsPerTask;
       const void* image_distances[kMaxLevels] = {};
       for (int level = 0; level < params.num_levels; ++level) image_distances[level] = distance_map(level, image);
-      block_maximum[static_cast<size_t>(index)] =
-          kernel.rows(params, image_distances, columns.data(), image, begin,
-                      std::min(begin + kRowsPerTask, params.height), scratch.get());
+      block_maximum[static_cast<size_t>(index)] = kernel.rows(params, image_distances, columns.data(), image, begin,
+                                                              std::min(begin + kRowsPerTask, params.height), scratch);
     });
   });
 
