@@ -173,6 +173,7 @@ class StfpmExt(AnomalibModule):
             StfpmExt: The model.
         """
         kwargs.setdefault("teacher_weights", False)
+        kwargs.setdefault("seed", None)  # of the training; the caller's random numbers are not ours
         model: StfpmExt = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return model
 

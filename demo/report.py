@@ -144,13 +144,12 @@ def main() -> None:
     for title, label in (("good", 0), ("defective", 1)):
         picked = pick(scores, labels, label)
         captions = [f"score / threshold {scores[index] / threshold:.2f}" for index in picked]
-        for index in picked:
-            shutil.copy(
-                overlays / paths[index].parent.name / paths[index].name, pictures / f"{title}_{paths[index].name}"
-            )
-        overlay_rows.append(
-            (title, [np.asarray(Image.open(pictures / f"{title}_{paths[i].name}")) for i in picked], captions)
-        )
+        overlay_pictures = []
+        for path in (paths[index] for index in picked):
+            picture = shutil.copy(overlays / path.parent.name / path.name, pictures / f"{title}_{path.name}")
+            image_and_overlay = np.hsplit(np.asarray(Image.open(picture)), 2)  # side by side, as demo/elpv.yaml asks
+            overlay_pictures.append(np.vstack(image_and_overlay))
+        overlay_rows.append((title, overlay_pictures, captions))
         map_rows.append((title, [maps[index].sqrt().numpy() for index in picked], captions))
     draw_sheet(pictures / "contact_sheet.png", overlay_rows)
     draw_sheet(pictures / "heat_maps.png", map_rows, cmap="inferno", vmin=0, vmax=(2 * threshold) ** 0.5)
