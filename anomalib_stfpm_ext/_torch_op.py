@@ -32,7 +32,7 @@ Tensors = Sequence[torch.Tensor]
 def anomaly_map(
     teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options, out: Tensors | None
 ) -> tuple[torch.Tensor, ...]:
-    """Score checked features; see :func:`anomalib_stfpm_ext.anomaly_map`."""
+    """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
     differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in (*teacher, *student))
     weights, combine = options.weights, options.combine
     if out is not None:
@@ -52,6 +52,7 @@ def anomaly_map(
         )
         return tuple(out)
     if differentiable or _is_exported_without_operators():
+        scorer.check_features(teacher, student, torch.Tensor)
         return _formula(teacher, student, image_size, options)
     return tuple(
         torch.ops.anomalib_stfpm_ext.anomaly_map.default(

@@ -412,11 +412,15 @@ def test_bad_options(options, error, message):
         ),
         (torch.ones(1, 2, 4, 4).to_sparse(), TypeError, r"student\[0\]: wanted a strided tensor"),
         (torch.ones(1, 2, 4, 5), ValueError, r"student\[0\]: wanted the teacher's shape"),
+        (torch.ones(2, 2, 4, 4), ValueError, r"student\[0\]: wanted the teacher's shape"),
     ],
 )
 def test_bad_tensors_whether_called_as_function_or_operator(student, error, message):
     with pytest.raises(error, match=message):
         anomaly_map([torch.ones(1, 2, 4, 4)], [student], (8, 8))
+    teacher = torch.ones(1, 2, 4, 4, requires_grad=True)  # scored by the formula, whose operations would broadcast
+    with pytest.raises(error, match=message):
+        anomaly_map([teacher], [student], (8, 8))
     with pytest.raises((error, RuntimeError, NotImplementedError)):
         torch.ops.anomalib_stfpm_ext.anomaly_map([torch.ones(1, 2, 4, 4)], [student], 8, 8)
     with pytest.raises(ValueError, match="image_size"):
