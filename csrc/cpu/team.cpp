@@ -36,6 +36,7 @@ OpenMpParallel torch_parallel() {
 
 void run_threads(int num_threads, const std::function<void()>& body) {
   std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(num_threads));  // so that nothing but the start of a thread can fail below
   try {
     for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(body);
   } catch (const std::system_error&) {
