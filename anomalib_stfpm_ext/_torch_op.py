@@ -38,7 +38,7 @@ def anomaly_map(
     if out is not None:
         if differentiable:
             fail(ValueError, "out", "None where gradients are required", "memory that has none")
-        shapes = scorer.output_shapes(teacher, image_size, options)
+        shapes = scorer.output_shapes(teacher, image_size, options.level_maps)
         scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
         amap, score, *level_maps = out
         torch.ops.anomalib_stfpm_ext.anomaly_map_out.default(
@@ -88,17 +88,24 @@ def _formula(
     return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
 
 
-def _allocate(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    """Check the arguments and allocate the results: all that torch.compile and torch.export need to know."""
+def _allocate(
+    teacher: Tensors, student: Tensors, height: int, width: int, **options: Any
+) -> tuple[list[torch.Tensor], Options]:
+    """Check the arguments, and return memory for the results and the options."""
     scorer.check_features(teacher, student, torch.Tensor)
-    shapes = scorer.output_shapes(teacher, scorer.check_image_size((height, width)), _options(teacher, **options))
-    dtype = _output_dtype(teacher)
-    return [teacher[0].new_empty(shape, dtype=dtype) for shape in shapes]
+    checked = _options(teacher, **options)
+    shapes = scorer.output_shapes(teacher, scorer.check_image_size((height, width)), checked.level_maps)
+    dtype, device = _output_dtype(teacher), teacher[0].device
+    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes], checked
+
+
+def _fake(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
+    return _allocate(teacher, student, height, width, **options)[0]
 
 
 def _cpu(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    outputs = _allocate(teacher, student, height, width, **options)
-    _run_core(teacher, student, outputs, _options(teacher, **options))
+    outputs, checked = _allocate(teacher, student, height, width, **options)
+    _run_core(teacher, student, outputs, checked)
     return outputs
 
 
@@ -122,7 +129,7 @@ def _check_out(
     checked = _options(teacher, level_maps=level_maps is not None, **options)
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
-    shapes = scorer.output_shapes(teacher, scorer.check_image_size(amap.shape[2:]), checked)
+    shapes = scorer.output_shapes(teacher, scorer.check_image_size(amap.shape[2:]), checked.level_maps)
     out = [amap, score] if level_maps is None else [amap, score, level_maps]
     scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
     return out, checked
@@ -130,7 +137,6 @@ def _check_out(
 
 def _cpu_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
     out, options = _check_out(teacher, student, **arguments)
-    scorer.check_overlap((*teacher, *student), out, torch.Tensor.data_ptr, torch.Tensor.stride)
     _run_core(teacher, student, out, options)
 
 
@@ -164,7 +170,7 @@ def _output_dtype(features: Tensors) -> torch.dtype:
 # Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.
 _LIBRARY.impl("anomaly_map", _cpu, "CPU")
 _LIBRARY.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices without a kernel of their own
-torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _allocate)
+torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _fake)
 _LIBRARY.impl("anomaly_map_out", _cpu_out, "CPU")
 _LIBRARY.impl("anomaly_map_out", _default_out, "CompositeExplicitAutograd")
 torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _fake_out)

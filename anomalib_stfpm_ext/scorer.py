@@ -29,6 +29,7 @@ MAX_LEVELS = 8
 # By dtype of the features: that of map and score.
 OUTPUT_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 Combination = Literal["product", "sum", "maximum"]
+COMBINATIONS = get_args(Combination)
 
 
 class Options(NamedTuple):
@@ -122,13 +123,12 @@ def anomaly_map(
     image_size = check_image_size(image_size)
     options = check_options(weights, combine, level_maps, names)
     torch = sys.modules.get("torch")
-    if torch is not None and any(
-        isinstance(level, torch.Tensor) for level in (*teacher_levels[:1], *student_levels[:1])
-    ):
-        from ._torch_op import anomaly_map as torch_anomaly_map
-
+    if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
         try:
-            return torch_anomaly_map(teacher_levels, student_levels, image_size, options, out)
+            results: tuple[Any, ...] = _torch_op().anomaly_map(
+                teacher_levels, student_levels, image_size, options, out
+            )
+            return results
         except Exception:
             check_features(teacher_levels, student_levels, torch.Tensor, names)  # names what it complains of
             raise
@@ -136,13 +136,12 @@ def anomaly_map(
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
     check_features(teacher_levels, student_levels, np.ndarray, names)
-    shapes = output_shapes(teacher_levels, image_size, options)
+    shapes = output_shapes(teacher_levels, image_size, level_maps)
     dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
     if out is None:
         out = [np.empty(shape, dtype) for shape in shapes]
     else:
         check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
-        check_overlap((*teacher_levels, *student_levels), out, _address, _strides)
     num_threads = torch.get_num_threads() if torch is not None else _cpu_count()
     run_core(teacher_levels, student_levels, out, options, _address, _strides, num_threads)
     return tuple(out)
@@ -167,6 +166,9 @@ def run_core(
         address (Callable): Gives the address of an array's first element.
         strides (Callable): Gives an array's strides in elements.
         num_threads (int): How many threads may work.
+
+    Raises:
+        ValueError: If one of the outputs lies where another or a feature does.
     """
     levels = [
         (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
@@ -188,11 +190,11 @@ def run_core(
     )
 
 
-def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], options: Options) -> list[tuple[int, ...]]:
+def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], level_maps: bool) -> list[tuple[int, ...]]:
     """Return the shapes of map, scores and, if wanted, level maps."""
     batch = teacher[0].shape[0]
     shapes: list[tuple[int, ...]] = [(batch, 1, *image_size), (batch,)]
-    if options.level_maps:
+    if level_maps:
         shapes.append((batch, len(teacher), *image_size))
     return shapes
 
@@ -223,27 +225,29 @@ def check_features(
     if not 1 <= len(teacher) <= MAX_LEVELS:
         fail(ValueError, "teacher", f"1 to {MAX_LEVELS} levels", len(teacher))
     first, tensors = teacher[0], kind is not np.ndarray
+    if not isinstance(first, kind):
+        fail(TypeError, f"teacher[{names[0]!r}]", _qualified(kind), _qualified(type(first)))
+    dtype, batch = first.dtype, first.shape[:1]
+    device = first.device if tensors else None
+    if dtype_name(dtype) not in OUTPUT_DTYPES:
+        fail(TypeError, f"teacher[{names[0]!r}]", f"dtype {' or '.join(OUTPUT_DTYPES)}", dtype_name(dtype))
     for name, t, s in zip(names, teacher, student, strict=False):
         for side, level in (("teacher", t), ("student", s)):
             if not isinstance(level, kind):
                 fail(TypeError, f"{side}[{name!r}]", _qualified(kind), _qualified(type(level)))
-            if level is first and dtype_name(level.dtype) not in OUTPUT_DTYPES:
-                fail(TypeError, f"{side}[{name!r}]", f"dtype {' or '.join(OUTPUT_DTYPES)}", dtype_name(level.dtype))
-            if level is first and tensors and str(level.layout) != "torch.strided":
+            if level.dtype != dtype:
+                fail(TypeError, f"{side}[{name!r}]", f"dtype {dtype} like the first level", level.dtype)
+            if tensors and str(level.layout) != "torch.strided":
                 fail(TypeError, f"{side}[{name!r}]", "a strided tensor", level.layout)
-            if level.dtype != first.dtype:
-                fail(TypeError, f"{side}[{name!r}]", f"dtype {first.dtype} like the first level", level.dtype)
-            if tensors and level.layout is not first.layout:
-                fail(TypeError, f"{side}[{name!r}]", "a strided tensor", level.layout)
-            if tensors and level.device != first.device:
-                fail(ValueError, f"{side}[{name!r}]", f"device {first.device} like the first level", level.device)
+            if tensors and level.device != device:
+                fail(ValueError, f"{side}[{name!r}]", f"device {device} like the first level", level.device)
         shape = t.shape
         if len(shape) != 4:
             fail(ValueError, f"teacher[{name!r}]", "shape (B, C, H, W)", tuple(shape))
         if s.shape != shape:
             fail(ValueError, f"student[{name!r}]", f"the teacher's shape {tuple(shape)}", tuple(s.shape))
-        if shape[0] != first.shape[0]:
-            fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {first.shape[0]}", tuple(shape))
+        if shape[:1] != batch:
+            fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {batch[0]}", tuple(shape))
         if not 1 <= min(shape[1:]) <= max(shape[1:]) < 2**31:
             fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
 
@@ -261,8 +265,8 @@ def check_image_size(image_size: Any) -> tuple[int, int]:
 
 def check_options(weights: Any, combine: Any, level_maps: Any, names: Sequence[Any]) -> Options:
     """Return the options with a weight for each level, or raise an error that names the argument."""
-    if combine not in get_args(Combination):
-        fail(ValueError, "combine", " or ".join(map(repr, get_args(Combination))), repr(combine))
+    if combine not in COMBINATIONS:
+        fail(ValueError, "combine", " or ".join(map(repr, COMBINATIONS)), repr(combine))
     if weights is None:
         return Options([1.0] * len(names), combine, bool(level_maps))
     if isinstance(weights, Mapping):
@@ -279,7 +283,7 @@ def check_options(weights: Any, combine: Any, level_maps: Any, names: Sequence[A
 
 
 def check_outputs(out: Any, kind: Any, shapes: Sequence[tuple[int, ...]], dtype: object, device: object = None) -> None:
-    """Check memory that the caller supplied; whether it overlaps is for :func:`run_core` to see.
+    """Check memory that the caller supplied; whether it overlaps is for the compiled scorer to see.
 
     Args:
         out (Sequence): The caller's arrays or tensors.
@@ -319,23 +323,6 @@ def check_outputs(out: Any, kind: Any, shapes: Sequence[tuple[int, ...]], dtype:
             fail(ValueError, name, "memory that can be written to", "a read-only array")
 
 
-def check_overlap(features: Sequence[Any], out: Sequence[Any], address: Any, strides: Any) -> None:
-    """Raise an error if one of the outputs lies where another or a feature does."""
-
-    def extent(array: Any) -> tuple[int, int]:
-        steps = [(size - 1) * stride * array.itemsize for size, stride in zip(array.shape, strides(array), strict=True)]
-        start = address(array)
-        return start + sum(min(step, 0) for step in steps), start + sum(max(step, 0) for step in steps) + array.itemsize
-
-    taken = [extent(array) for array in features if 0 not in array.shape]
-    for index, output in enumerate(out):
-        if 0 not in output.shape:
-            low, high = extent(output)
-            if any(low < other_high and other_low < high for other_low, other_high in taken):
-                fail(ValueError, f"out[{index}]", "memory of its own", "memory that a feature or another output uses")
-            taken.append((low, high))
-
-
 def fail(error: type[Exception], argument: str, wanted: object, got: object) -> NoReturn:
     """Raise an error that names the argument, what is wanted and what came."""
     msg = f"{argument}: wanted {wanted}, got {got}"
@@ -352,6 +339,13 @@ def _pair_levels(teacher: Any, student: Any) -> tuple[list[Any], list[Any], list
         if not isinstance(levels, Sequence) or isinstance(levels, str):
             fail(TypeError, side, "a sequence of features, or both sides as mappings", _qualified(type(levels)))
     return list(range(len(teacher))), list(teacher), list(student)
+
+
+@functools.cache  # an import statement in a function costs a microsecond at each call
+def _torch_op() -> Any:
+    from . import _torch_op as module
+
+    return module
 
 
 def _as_numpy(level: Any) -> Any:

@@ -12,6 +12,10 @@ namespace stfpm_ext {
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class Combination { kProduct, kSum, kMaximum };
 
+/// Bytes of a feature, and of a pixel of its map.
+inline int64_t feature_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t pixel_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
 /// Features of one network at one level, [B, C, H, W] in any memory layout.
 struct Features {
   const void* data;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The mathematics of the scorer, for host and device: the one place where the formulas stand.
-// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/anomaly_map.py in plain torch operations.
+// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/_torch_op.py in plain torch operations.
 //
 //   t = T / max(||T||, eps),  s = S / max(||S||, eps)     over the channels, eps = 1e-12
 //   d = 1/2 ||t - s||^2                                   (equation 1 of arXiv 2103.04257)

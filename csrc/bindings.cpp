@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The Python module _core: integers in, structs out, the GIL released. Its callers in anomaly_map.py have checked
-// every argument; _core.pyi says what they mean.
+// The Python module _core: integers in, structs out, the GIL released. Its callers in scorer.py have checked
+// all but overlaps; _core.pyi says what they mean.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,6 +36,45 @@ Combination combination_from(const std::string& name) {
   if (name == "sum") return Combination::kSum;
   if (name == "maximum") return Combination::kMaximum;
   throw std::invalid_argument("combination '" + name + "' is not supported");
+}
+
+/// The bytes from `begin` up to, not including, `end`.
+struct Extent {
+  uintptr_t begin, end;
+
+  static Extent of(const Features& features, const Level& level, int64_t batch, int64_t element) {
+    const int64_t reach[] = {(batch - 1) * features.batch_stride, (level.channels - 1) * features.channel_stride,
+                             (level.height - 1) * features.row_stride, (level.width - 1) * features.column_stride};
+    Extent extent{reinterpret_cast<uintptr_t>(features.data), reinterpret_cast<uintptr_t>(features.data)};
+    for (const int64_t distance : reach)
+      (distance < 0 ? extent.begin : extent.end) += static_cast<uintptr_t>(distance * element);
+    extent.end += static_cast<uintptr_t>(element);
+    return extent;
+  }
+  static Extent of(const void* output, int64_t bytes) {
+    return {reinterpret_cast<uintptr_t>(output), reinterpret_cast<uintptr_t>(output) + static_cast<uintptr_t>(bytes)};
+  }
+  bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+/// Throws if one of the outputs lies where another or a feature does.
+void check_overlap(const AnomalyMapParams& params) {
+  if (params.batch == 0) return;
+  std::vector<Extent> taken;
+  for (int index = 0; index < params.num_levels; ++index)
+    for (const Features* features : {&params.levels[index].teacher, &params.levels[index].student})
+      taken.push_back(Extent::of(*features, params.levels[index], params.batch, feature_bytes(params.dtype)));
+  const int64_t bytes = params.batch * params.height * params.width * pixel_bytes(params.dtype);
+  const Extent outputs[] = {Extent::of(params.map, bytes),
+                            Extent::of(params.score, params.batch * pixel_bytes(params.dtype)),
+                            Extent::of(params.level_maps, bytes * params.num_levels)};
+  for (size_t index = 0; index < (params.level_maps == nullptr ? 2 : 3); ++index) {
+    for (const Extent& other : taken)
+      if (outputs[index].overlaps(other))
+        throw std::invalid_argument("out[" + std::to_string(index) +
+                                    "]: wanted memory of its own, got memory that a feature or another output uses");
+    taken.push_back(outputs[index]);
+  }
 }
 
 /// Runs `work` without the GIL. Not by py::gil_scoped_release, whose destructor takes the GIL again: while the
@@ -78,6 +117,7 @@ void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels
   params.map = reinterpret_cast<void*>(map);
   params.score = reinterpret_cast<void*>(score);
   params.level_maps = reinterpret_cast<void*>(level_maps);
+  check_overlap(params);
   without_gil([&] { anomaly_map_cpu(params, num_threads); });
 }
 

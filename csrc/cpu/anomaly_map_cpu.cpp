@@ -24,8 +24,6 @@ constexpr int64_t kBytesPerThread = 256 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 /// Tasks 0 to `count` - 1, taken by whichever thread is free.
 class TaskQueue {
  public:
@@ -98,7 +96,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   std::vector<Columns> columns;
   std::vector<int64_t> level_offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
   std::vector<DistanceTask> distance_tasks;
-  int64_t feature_bytes = 0;
+  int64_t features = 0;
   const int64_t pixels = params.height * params.width;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
@@ -106,9 +104,9 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     tables.emplace_back(level.width, params.width);
     columns.push_back(tables.back().columns());
     level_offset.push_back(level_offset.back() + params.batch * positions);
-    feature_bytes += 2 * params.batch * positions * level.channels * element_size(params.dtype);
+    features += 2 * params.batch * positions * level.channels;
   }
-  const int64_t bytes = feature_bytes + params.batch * pixels * static_cast<int64_t>(sizeof(Real));
+  const int64_t bytes = features * feature_bytes(params.dtype) + params.batch * pixels * pixel_bytes(params.dtype);
   num_threads = static_cast<int>(std::clamp<int64_t>(ceil_div(bytes, kBytesPerThread), 1, std::max(num_threads, 1)));
   const int64_t task_size = positions_per_task(params, num_threads);
   for (int64_t image = 0; image < params.batch; ++image)
@@ -117,7 +115,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
       for (int64_t begin = 0; begin < positions; begin += task_size)
         distance_tasks.push_back({index, image, begin, std::min(begin + task_size, positions)});
     }
-  const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back())]);
+  const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back() + kRowPadding)]);
   const auto distance_map = [&](int level, int64_t image) {
     return distances.get() + level_offset[static_cast<size_t>(level)] +
            image * params.levels[level].height * params.levels[level].width;

@@ -13,6 +13,9 @@ namespace stfpm_ext {
 /// while the sums (24 KiB) must stay in the nearest caches.
 constexpr int64_t kTile = 1024;
 
+/// How many elements past its end a row of distances must be readable; what they hold does not matter.
+constexpr int64_t kRowPadding = 16;
+
 /// How the columns of a level map onto the columns of the map: `width` entries each. Real: float or double.
 struct Columns {
   const int32_t* low;
