@@ -125,9 +125,7 @@ def anomaly_map(
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
         try:
-            results: tuple[Any, ...] = _torch_op().anomaly_map(
-                teacher_levels, student_levels, image_size, options, out
-            )
+            results: tuple[Any, ...] = _torch_op().anomaly_map(teacher_levels, student_levels, image_size, options, out)
             return results
         except Exception:
             check_features(teacher_levels, student_levels, torch.Tensor, names)  # names what it complains of
