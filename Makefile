@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT := demo/output
 CHECKPOINT := $(OUTPUT)/results/StfpmExt/elpv/latest/weights/lightning/model.ckpt
+CPP_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* tests/cuda_on_threads/*)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* autoload/* anomalib_stfpm_ext/*.py*)
 
 FUZZ_SECONDS ?= 600
-SCORER_TESTS := tests/test_scorer.py tests/test_properties.py tests/test_processes.py
+SCORER_TESTS := tests/test_scorer.py tests/test_properties.py tests/test_processes.py tests/test_cuda_on_threads.py
 
 .PHONY: test demo fuzz sanitize lint format clean
 
@@ -20,17 +21,19 @@ fuzz: .venv/test.stamp
 # The scorer's tests on builds with sanitizers, which PYTHONPATH puts before the build in .venv. Leaks are not looked
 # for, since Python and torch leave theirs; nor what happens at the interpreter's end, where UBSan objects to pybind11.
 # ThreadSanitizer takes minutes for all tests, so it gets those in which threads meet.
-PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONPATH=build/$(2)
+PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-name=libstdc++.so)" \
+	PYTHONPATH=build/$(2) STFPM_EXT_SANITIZE=$($(2)_SANITIZERS)
+address_SANITIZERS := address,undefined
+thread_SANITIZERS := thread
 sanitize: build/address.stamp build/thread.stamp
 	$(call PRELOAD,libasan.so,address) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		$(BIN)/pytest $(SCORER_TESTS) -k "not interpreter_ends"
 	$(call PRELOAD,libtsan.so,thread) TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
 		setarch -R $(BIN)/pytest $(SCORER_TESTS) -k "(threads or layouts or reference or combinations) and not fork"
 
-build/address.stamp: SANITIZERS := address,undefined
-build/thread.stamp: SANITIZERS := thread
 build/%.stamp: .venv/test.stamp
-	$(BIN)/pip install --no-deps --upgrade --target build/$* -C cmake.define.STFPM_EXT_SANITIZE=$(SANITIZERS) .
+	$(BIN)/pip install --no-deps --upgrade --target build/$* \
+		-C cmake.define.STFPM_EXT_SANITIZE=$($*_SANITIZERS) -C cmake.define.STFPM_EXT_CUDA=OFF .
 	touch $@
 
 demo: .venv/demo.stamp $(CHECKPOINT)
@@ -57,12 +60,12 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:
 	rm -rf .venv build dist $(OUTPUT)

@@ -55,7 +55,7 @@ def _cuda() -> str:
 
     from . import _core
 
-    architectures = ", ".join(_core.cuda_architectures) or "none, tensors on a GPU are scored by torch operations"
+    architectures = _core.cuda_architectures or "none, features on a GPU are scored by torch operations"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     return f"scorer holds {architectures}; torch was built for CUDA {torch.version.cuda}, sees {device}"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from . import scorer
+from . import _core, scorer
 from .scorer import OUTPUT_DTYPES, Options, dtype_name, fail
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
@@ -53,12 +53,17 @@ def anomaly_map(
         return tuple(out)
     if differentiable or _is_exported_without_operators():
         scorer.check_features(teacher, student, torch.Tensor)
-        return _formula(teacher, student, image_size, options)
+        return formula(teacher, student, image_size, options)
     return tuple(
         torch.ops.anomalib_stfpm_ext.anomaly_map.default(
             teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
         )
     )
+
+
+def lacks_kernel(device: torch.device) -> bool:
+    """Whether features are on CUDA and this build has no CUDA scorer."""
+    return device.type == "cuda" and not _core.cuda_architectures
 
 
 def _is_exported_without_operators() -> bool:
@@ -68,7 +73,7 @@ def _is_exported_without_operators() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def _formula(
+def formula(
     teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options
 ) -> tuple[torch.Tensor, ...]:
     """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
@@ -103,16 +108,16 @@ def _fake(teacher: Tensors, student: Tensors, height: int, width: int, **options
     return _allocate(teacher, student, height, width, **options)[0]
 
 
-def _cpu(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
+def _fused(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
     outputs, checked = _allocate(teacher, student, height, width, **options)
-    _run_core(teacher, student, outputs, checked)
+    _run(teacher, student, outputs, checked)
     return outputs
 
 
 def _default(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
     scorer.check_features(teacher, student, torch.Tensor)
     image_size = scorer.check_image_size((height, width))
-    return list(_formula(teacher, student, image_size, _options(teacher, **options)))
+    return list(formula(teacher, student, image_size, _options(teacher, **options)))
 
 
 def _check_out(
@@ -135,15 +140,15 @@ def _check_out(
     return out, checked
 
 
-def _cpu_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
+def _fused_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
     out, options = _check_out(teacher, student, **arguments)
-    _run_core(teacher, student, out, options)
+    _run(teacher, student, out, options)
 
 
 def _default_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
     out, options = _check_out(teacher, student, **arguments)
     image_size = (out[0].shape[2], out[0].shape[3])
-    for output, result in zip(out, _formula(teacher, student, image_size, options), strict=True):
+    for output, result in zip(out, formula(teacher, student, image_size, options), strict=True):
         output.copy_(result)
 
 
@@ -151,9 +156,19 @@ def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
     _check_out(teacher, student, **arguments)
 
 
-def _run_core(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
-    threads = torch.get_num_threads()
-    scorer.run_core(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride, threads)
+def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
+    device = teacher[0].device
+    if lacks_kernel(device):
+        wanted = "features on the CPU, since this build has no CUDA scorer (README: Install)"
+        fail(ValueError, "teacher[0]", wanted, device)
+    call = scorer.core_call(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride)
+    if device.type == "cpu":
+        _core.anomaly_map(call, torch.get_num_threads())
+    else:
+        positions = sum(level.shape[0] * level.shape[2] * level.shape[3] for level in teacher)
+        distances = torch.empty(positions, dtype=outputs[0].dtype, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _core.anomaly_map_cuda(call, distances.data_ptr(), device.index, stream)
 
 
 def _options(
@@ -168,9 +183,10 @@ def _output_dtype(features: Tensors) -> torch.dtype:
 
 
 # Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.
-_LIBRARY.impl("anomaly_map", _cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("anomaly_map", _fused, _device)
+    _LIBRARY.impl("anomaly_map_out", _fused_out, _device)
 _LIBRARY.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices without a kernel of their own
-torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _fake)
-_LIBRARY.impl("anomaly_map_out", _cpu_out, "CPU")
 _LIBRARY.impl("anomaly_map_out", _default_out, "CompositeExplicitAutograd")
+torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _fake)
 torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _fake_out)

@@ -105,11 +105,13 @@ def anomaly_map(
 
     Raises:
         TypeError: If an argument is of the wrong kind, or the dtypes are mixed or not supported.
-        ValueError: If shapes, devices, level names, sizes, options or the memory of ``out`` do not fit.
+        ValueError: If shapes, devices, level names, sizes, options or the memory of ``out`` do not fit, or the tensors
+            are on CUDA and the build has no CUDA scorer.
+        RuntimeError: If CUDA fails, or the build holds no code for the device's architecture.
 
     Note:
-        Tensors outside the CPU, and tensors that require gradients while gradients are enabled, are scored by the
-        formula above in torch operations: same map, differentiable, but not fused.
+        Tensors that require gradients while gradients are enabled, and tensors on devices other than the CPU and CUDA,
+        are scored by the formula above in torch operations: same map, differentiable, but not fused.
 
     Example:
         >>> import numpy as np
@@ -141,20 +143,14 @@ def anomaly_map(
     else:
         check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
     num_threads = torch.get_num_threads() if torch is not None else _cpu_count()
-    run_core(teacher_levels, student_levels, out, options, _address, _strides, num_threads)
+    _core.anomaly_map(core_call(teacher_levels, student_levels, out, options, _address, _strides), num_threads)
     return tuple(out)
 
 
-def run_core(
-    teacher: Sequence[Any],
-    student: Sequence[Any],
-    outputs: Sequence[Any],
-    options: Options,
-    address: Any,
-    strides: Any,
-    num_threads: int,
-) -> None:
-    """Hand checked features and outputs to the compiled scorer.
+def core_call(
+    teacher: Sequence[Any], student: Sequence[Any], outputs: Sequence[Any], options: Options, address: Any, strides: Any
+) -> "_core.Call":
+    """Describe a call to the compiled scorer, which raises a ValueError where outputs overlap with anything.
 
     Args:
         teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
@@ -163,17 +159,16 @@ def run_core(
         options (Options): As ``check_options`` returns them.
         address (Callable): Gives the address of an array's first element.
         strides (Callable): Gives an array's strides in elements.
-        num_threads (int): How many threads may work.
 
-    Raises:
-        ValueError: If one of the outputs lies where another or a feature does.
+    Returns:
+        tuple: The call, for the functions of ``_core``.
     """
     levels = [
         (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
     ]
     amap, score, *level_maps = outputs
     batch, _, height, width = amap.shape
-    _core.anomaly_map(
+    return (
         dtype_name(teacher[0].dtype),
         levels,
         batch,
@@ -184,7 +179,6 @@ def run_core(
         address(amap),
         address(score),
         address(level_maps[0]) if level_maps else 0,
-        num_threads,
     )
 
 

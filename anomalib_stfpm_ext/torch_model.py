@@ -2,6 +2,7 @@
 
 """STFPM as a torch module: images in, anomaly map and score out."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
+from ._torch_op import formula, lacks_kernel
 from .feature_pyramid import Student, Teacher
-from .scorer import anomaly_map
+from .scorer import anomaly_map, check_options
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -53,7 +55,7 @@ class StfpmExtModel(nn.Module):
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
-        image_size = images.shape[-2:]
+        image_size = (images.shape[-2], images.shape[-1])
         if self.tiler:
             images = self.tiler.tile(images)
         teacher, student = self.teacher_model(images), self.student_model(images)
@@ -62,5 +64,10 @@ class StfpmExtModel(nn.Module):
             student = {level: self.tiler.untile(features) for level, features in student.items()}
         if self.training:
             return teacher, student
-        amap, score = anomaly_map(teacher, student, image_size)
+        if lacks_kernel(images.device):
+            warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
+            options = check_options(None, "product", False, list(teacher))
+            amap, score = formula(list(teacher.values()), list(student.values()), image_size, options)
+        else:
+            amap, score = anomaly_map(teacher, student, image_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))

@@ -53,4 +53,8 @@ struct AnomalyMapParams {
 /// Computes maps and scores on at most `num_threads` threads; the result does not depend on their number.
 void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads);
 
+/// Enqueues the same on a CUDA stream of `device`, where all pointers lead. Neither allocates nor synchronises.
+/// `distances`: room for the distances of all levels, batch * sum of height * width elements of the map's type.
+void anomaly_map_cuda(const AnomalyMapParams& params, void* distances, int device, void* stream);
+
 }  // namespace stfpm_ext

@@ -58,11 +58,15 @@ struct Interpolation {
   Real low_weight, high_weight;
 };
 
-/// Source of output pixel `index` when `input_size` samples are stretched to `output_size` pixels.
+/// Samples of a level for each pixel of the map, along one axis.
+STFPM_EXT_HOST_DEVICE double interpolation_scale(int64_t input_size, int64_t output_size) {
+  return static_cast<double>(input_size) / static_cast<double>(output_size);
+}
+
+/// Source of output pixel `index` along an axis of `input_size` samples.
 template <class Real>
-STFPM_EXT_HOST_DEVICE Interpolation<Real> interpolation(int64_t index, int64_t input_size, int64_t output_size) {
-  if (input_size == output_size) return {index, index, Real(1), Real(0)};
-  const double scale = static_cast<double>(input_size) / static_cast<double>(output_size);
+STFPM_EXT_HOST_DEVICE Interpolation<Real> interpolation(int64_t index, int64_t input_size, double scale) {
+  if (scale == 1.0) return {index, index, Real(1), Real(0)};
   double source = (static_cast<double>(index) + 0.5) * scale - 0.5;
   if (source < 0.0) source = 0.0;
   int64_t low = static_cast<int64_t>(source);
@@ -74,6 +78,7 @@ STFPM_EXT_HOST_DEVICE Interpolation<Real> interpolation(int64_t index, int64_t i
 
 /// The ways to add a level's pixel to those before it, which start from `identity`. NaN on either side stays.
 struct Product {
+  double weight;  // 1, and not read
   static constexpr int identity = 1;
   template <class Real>
   STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {

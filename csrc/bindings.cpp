@@ -10,6 +10,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "anomaly_map.h"
@@ -93,9 +94,12 @@ void without_gil(const Work& work) {
   if (error) std::rethrow_exception(error);
 }
 
-void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels, int64_t batch, int64_t height,
-                 int64_t width, const std::vector<double>& weights, const std::string& combine, uintptr_t map,
-                 uintptr_t score, uintptr_t level_maps, int num_threads) {
+// dtype, levels, batch, height, width, weights, combination, addresses of map, scores and level maps
+using CallTuple = std::tuple<std::string, std::vector<LevelTuple>, int64_t, int64_t, int64_t, std::vector<double>,
+                             std::string, uintptr_t, uintptr_t, uintptr_t>;
+
+AnomalyMapParams params_from(const CallTuple& call) {
+  const auto& [dtype, levels, batch, height, width, weights, combine, map, score, level_maps] = call;
   AnomalyMapParams params{};
   params.dtype = dtype_from(dtype);
   params.combination = combination_from(combine);
@@ -118,8 +122,25 @@ void anomaly_map(const std::string& dtype, const std::vector<LevelTuple>& levels
   params.score = reinterpret_cast<void*>(score);
   params.level_maps = reinterpret_cast<void*>(level_maps);
   check_overlap(params);
+  return params;
+}
+
+void score_on_cpu(const CallTuple& call, int num_threads) {
+  const AnomalyMapParams params = params_from(call);
   without_gil([&] { anomaly_map_cpu(params, num_threads); });
 }
+
+#ifdef STFPM_EXT_CUDA_ARCHITECTURES
+constexpr const char* kCudaArchitectures = STFPM_EXT_CUDA_ARCHITECTURES;
+
+void score_on_cuda(const CallTuple& call, uintptr_t distances, int device, uintptr_t stream) {
+  const AnomalyMapParams params = params_from(call);
+  without_gil(
+      [&] { anomaly_map_cuda(params, reinterpret_cast<void*>(distances), device, reinterpret_cast<void*>(stream)); });
+}
+#else
+constexpr const char* kCudaArchitectures = "";
+#endif
 
 std::vector<std::string> names_of(const std::vector<const Kernels*>& all) {
   std::vector<std::string> names;
@@ -134,9 +155,11 @@ PYBIND11_MODULE(_core, module) {
   module.attr("compiler") = STFPM_EXT_COMPILER;
   module.attr("built_isas") = built_isas();
   module.attr("available_isas") = names_of(available_kernels());
-  module.attr("cuda_architectures") = std::vector<std::string>{};
+  module.attr("cuda_architectures") = kCudaArchitectures;
   module.def("selected_isa", [] { return std::string(kernels().isa); });
-  module.def("anomaly_map", &anomaly_map, py::arg("dtype"), py::arg("levels"), py::arg("batch"), py::arg("height"),
-             py::arg("width"), py::arg("weights"), py::arg("combine"), py::arg("map"), py::arg("score"),
-             py::arg("level_maps"), py::arg("num_threads"));
+  module.def("anomaly_map", &score_on_cpu, py::arg("call"), py::arg("num_threads"));
+#ifdef STFPM_EXT_CUDA_ARCHITECTURES
+  module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("distances"), py::arg("device"),
+             py::arg("stream"));
+#endif
 }

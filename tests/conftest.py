@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -72,6 +71,8 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def resnet18_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a whole ResNet18, classifier included, as torchvision ships them; the values are random."""
+    import timm  # here, since the tests of the scorer alone need none
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     torch.save(timm.create_model("resnet18", zero_init_last=False).state_dict(), path)

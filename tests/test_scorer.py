@@ -8,8 +8,9 @@ import reference
 import torch
 from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
 from conftest import PYRAMIDS, make_features
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import _core, _torch_op, anomaly_map
 
 
 def assert_close(result, expected, rtol, what="map"):
@@ -326,6 +327,15 @@ def test_torch_operators_and_their_formula():
     torch.testing.assert_close(formula_score, score, rtol=1e-4, atol=0)
     formula_score.sum().backward()
     assert all(level.grad.abs().sum() > 0 for level in student)
+
+
+def test_cuda_tensors_on_a_build_without_cuda(monkeypatch):
+    """A fake tensor stands for the one on the GPU: the check must come before anything is read."""
+    monkeypatch.setattr(_core, "cuda_architectures", "")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        features = [torch.empty(1, 2, 4, 4, device="cuda")]
+        with pytest.raises(ValueError, match=r"teacher\[0\]: wanted features on the CPU, since this build has no CUDA"):
+            _torch_op._fused(features, features, 8, 8)
 
 
 def level(*shape, dtype=np.float32):

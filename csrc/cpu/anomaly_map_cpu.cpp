@@ -56,8 +56,9 @@ struct ColumnTable {
   ColumnTable(int64_t level_width, int64_t width) {
     for (auto* indices : {&low, &high}) indices->reserve(static_cast<size_t>(width));
     for (auto* weights : {&low_weight, &high_weight}) weights->reserve(static_cast<size_t>(width));
+    const double scale = interpolation_scale(level_width, width);
     for (int64_t x = 0; x < width; ++x) {
-      const auto source = interpolation<Real>(x, level_width, width);
+      const auto source = interpolation<Real>(x, level_width, scale);
       low.push_back(static_cast<int32_t>(source.low));
       high.push_back(static_cast<int32_t>(source.high));
       low_weight.push_back(source.low_weight);

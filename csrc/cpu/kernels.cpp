@@ -305,11 +305,14 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
   Real* const map = static_cast<Real*>(params.map) + image * pixels;
   Real* const level_maps = static_cast<Real*>(params.level_maps);
   StretchedRows<Real> stretched[kMaxLevels];
-  for (int level = 0; level < params.num_levels; ++level)
+  double scale[kMaxLevels];
+  for (int level = 0; level < params.num_levels; ++level) {
+    scale[level] = interpolation_scale(params.levels[level].height, params.height);
     for (Real*& slot : stretched[level].slot) {
       slot = scratch;
       scratch += width;
     }
+  }
 
   Real maximum = -1;  // distances are not negative
   bool has_nan = false;
@@ -318,7 +321,7 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
     for (int index = 0; index < params.num_levels; ++index) {
       const Level& level = params.levels[index];
       const Real* const level_distances = static_cast<const Real*>(distances[index]);
-      const auto source = interpolation<Real>(y, level.height, params.height);
+      const auto source = interpolation<Real>(y, level.height, scale[index]);
       const Real* const low = stretched[index].get(source.low, level_distances, level.width, columns[index], width);
       const Real* const high = stretched[index].get(source.high, level_distances, level.width, columns[index], width);
       Real* const level_row =
@@ -331,7 +334,7 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
       else if (params.combination == Combination::kMaximum)
         add_level(WeightedMaximum{level.weight});
       else if (level.weight == 1.0)
-        add_level(Product{});
+        add_level(Product{level.weight});
       else
         add_level(WeightedProduct{level.weight});
     }

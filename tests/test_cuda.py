@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The scorer on a CUDA device; and, wherever there is an nvcc, what its compiler says of registers and memory.
+
+Needs no anomalib: benchmarks/gpu_session.sh runs it on machines that have torch alone.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import PYRAMIDS, make_features
+
+from anomalib_stfpm_ext import _core, anomaly_map
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "anomaly_map_cuda.cu"
+
+
+def on_gpu(test):
+    """Mark a test that needs a CUDA device and a build with CUDA."""
+    test = pytest.mark.skipif(not _core.cuda_architectures, reason="a build without CUDA")(test)
+    test = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
+    return pytest.mark.gpu(test)
+
+
+def features(pyramid, batch, image_size, dtype="float32", memory_format=torch.contiguous_format, noise=0.1):
+    sides = make_features(pyramid, batch, image_size, noise)
+    dtype = getattr(torch, dtype)
+    return [
+        [torch.from_numpy(level).to("cuda", dtype, memory_format=memory_format) for level in side] for side in sides
+    ]
+
+
+def check(result, teacher, student, image_size, tolerance=1e-5, **options):
+    sides = [[level.double().cpu().numpy() for level in side] for side in (teacher, student)]
+    for output, wanted in zip(result, reference.anomaly_map(*sides, image_size, **options), strict=False):
+        np.testing.assert_allclose(output.cpu().numpy(), wanted, rtol=tolerance, atol=1e-30)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 20])  # blocks meet in one grid, and in a cluster for each image
+def test_equals_reference(batch, dtype, layout):
+    for backbone, image_size in (("resnet18", (256, 256)), ("tf_efficientnet_lite0", (97, 130))):
+        teacher, student = features(PYRAMIDS[backbone], batch, image_size, dtype, layout)
+        result = anomaly_map(teacher, student, image_size)
+        assert result[0].is_cuda
+        check(result, teacher, student, image_size, 1e-12 if dtype == "float64" else 1e-5)
+        again = anomaly_map(teacher, student, image_size)
+        assert all(torch.equal(*pair) for pair in zip(result, again, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("combine", ["product", "sum", "maximum"])
+@pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
+def test_options_and_memory_of_the_caller(combine, weights):
+    teacher, student = features(PYRAMIDS["resnet18"], 2, (60, 90))
+    options = {"weights": weights, "combine": combine}
+    expected = anomaly_map(teacher, student, (60, 90), level_maps=True, **options)
+    check(expected, teacher, student, (60, 90), 2e-5, **options)
+    out = [torch.full_like(output, torch.nan) for output in expected]
+    anomaly_map(teacher, student, (60, 90), level_maps=True, out=out, **options)
+    assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
+
+
+@on_gpu
+def test_any_memory_layout():
+    teacher, student = features([(16, 4)], 2, (48, 64))
+    padded = torch.zeros(3, 17, 15, 19, device="cuda")
+    padded[1:, 1:, 2:-1, 3:] = teacher[0]
+    expected = anomaly_map(teacher, student, (48, 64))
+    for level in (
+        padded[1:, 1:, 2:-1, 3:],
+        teacher[0].transpose(2, 3).contiguous().transpose(2, 3),
+        teacher[0].contiguous(memory_format=torch.channels_last),
+        torch.zeros(teacher[0].numel() + 1, device="cuda")[1:].view(teacher[0].shape).copy_(teacher[0]),
+    ):
+        torch.testing.assert_close(anomaly_map([level], student, (48, 64)), expected, rtol=1e-6, atol=1e-12)
+
+
+@on_gpu
+def test_another_stream_a_graph_and_the_operator():
+    teacher, student = features(PYRAMIDS["resnet18"], 4, (128, 128))
+    expected = anomaly_map(teacher, student, (128, 128))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = anomaly_map(teacher, student, (128, 128))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(on_stream[0], expected[0])
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = anomaly_map(teacher, student, (128, 128))
+    teacher[0].mul_(-1)
+    graph.replay()
+    torch.cuda.synchronize()
+    after = anomaly_map(teacher, student, (128, 128))
+    assert torch.equal(captured[0], after[0])
+    assert not torch.equal(captured[0], expected[0])
+    torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 128, 128))
+
+
+@on_gpu
+def test_nan_and_empty_batch():
+    teacher, student = features([(6, 1), (5, 4)], 3, (16, 16))
+    teacher[0][1, 3, 4, 11] = torch.nan
+    amap, score = anomaly_map(teacher, student, (24, 19))
+    on_cpu = anomaly_map([level.cpu() for level in teacher], [level.cpu() for level in student], (24, 19))
+    assert torch.equal(amap.isnan().cpu(), on_cpu[0].isnan())
+    assert score.isnan().tolist() == [False, True, False]
+    empty = [torch.zeros(0, 8, 2, 2, device="cuda")]
+    assert anomaly_map(empty, empty, (8, 8))[0].shape == (0, 1, 8, 8)
+
+
+@on_gpu
+def test_tensors_on_different_devices():
+    teacher, student = features([(6, 4)], 1, (16, 16))
+    with pytest.raises(ValueError, match=r"student\[0\]: wanted device cuda:0 like the first level, got cpu"):
+        anomaly_map(teacher, [level.cpu() for level in student], (16, 16))
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+def test_device_other_than_the_current_one():
+    teacher, student = features([(6, 4)], 1, (16, 16))
+    others = [[level.to("cuda:1") for level in side] for side in (teacher, student)]
+    assert torch.equal(anomaly_map(*others, (16, 16))[0].cpu(), anomaly_map(teacher, student, (16, 16))[0].cpu())
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_compiler_reports_neither_spills_nor_local_memory(tmp_path):
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90, 120)]
+    command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *targets]
+    command += ['-DSTFPM_EXT_CUDA_ARCHITECTURES=""', "-c", SOURCE, "-o", tmp_path / "anomaly_map_cuda.o"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    kernels = re.findall(r"Compiling entry function '\w*anomaly_map_kernel\w*' for 'sm_(\d+)'", report)
+    assert len(kernels) == 3 * 16, report  # dtypes and combinations
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(memory) >= len(kernels)
+    assert set(memory) == {("0", "0", "0")}, report
+    assert max(int(count) for count in re.findall(r"Used (\d+) registers", report)) <= 128

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The source of the CUDA scorer, built by the C++ compiler to run on host threads, against the float64 reference.
+
+It shows that the kernel's indices, barriers, arithmetic and choice of launch are right: `make sanitize` runs it under
+AddressSanitizer and ThreadSanitizer. It does not show that a GPU runs it: neither resources and alignment, nor the
+device's memory model, nor speed (tests marked `gpu` and benchmarks/gpu_session.sh are for those).
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import make_features
+
+from anomalib_stfpm_ext import anomaly_map
+
+FOLDER = Path(__file__).parent / "cuda_on_threads"
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+COMBINATIONS = ["product", "sum", "maximum"]
+SCHEMES = {"clusters": {"processors": 2, "ptx_version": 90}, "grid": {"processors": 2, "ptx_version": 80}}
+
+
+class Features(ctypes.Structure):
+    """The struct of csrc/anomaly_map.h; so are the next two."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
+
+
+class Level(ctypes.Structure):
+    """Features of both sides, their shape and weight."""
+
+    _fields_ = (
+        ("teacher", Features),
+        ("student", Features),
+        ("shape", ctypes.c_int64 * 3),
+        ("weight", ctypes.c_double),
+    )
+
+
+class Params(ctypes.Structure):
+    """AnomalyMapParams."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int),
+        ("combination", ctypes.c_int),
+        ("num_levels", ctypes.c_int),
+        ("levels", Level * 8),
+        ("batch", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 2),
+        ("outputs", ctypes.c_void_p * 3),
+    )
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    path = tmp_path_factory.mktemp("cuda_on_threads") / "library.so"
+    sanitizers = os.environ.get("STFPM_EXT_SANITIZE")
+    subprocess.run(
+        [
+            compiler,
+            *("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"),
+            *([f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []),
+            f"-I{FOLDER}",
+            "-DSTFPM_EXT_CUDA_THREADS=64",
+            '-DSTFPM_EXT_CUDA_ARCHITECTURES="80, 90"',
+            FOLDER / "library.cpp",
+            *("-o", path),
+            "-lpthread",
+        ],
+        check=True,
+        env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},  # a sanitizer's, not for it
+    )
+    return ctypes.CDLL(path)
+
+
+def score(
+    library,
+    teacher,
+    student,
+    image_size,
+    *,
+    weights=None,
+    combine="product",
+    level_maps=False,
+    device=0,
+    processors=2,
+    ptx_version=90,
+    has_image=1,
+):
+    """Call the library as bindings.cpp calls the CUDA scorer, on tensors in host memory."""
+    batch, dtype = len(teacher[0]), str(teacher[0].dtype).removeprefix("torch.")
+    output_dtype = torch.float64 if dtype == "float64" else torch.float32
+    shapes = [(batch, 1, *image_size), (batch,)] + [(batch, len(teacher), *image_size)] * level_maps
+    outputs = [torch.full(shape, -7.0, dtype=output_dtype) for shape in shapes]
+    positions = sum(level.shape[2] * level.shape[3] for level in teacher)
+    distances = torch.full((batch * positions,), float("nan"), dtype=output_dtype)
+    params = Params(DTYPES.index(dtype), COMBINATIONS.index(combine), len(teacher), batch=batch)
+    params.size[:] = image_size
+    for index, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        for side, level in ((params.levels[index].teacher, t), (params.levels[index].student, s)):
+            side.data = level.data_ptr()
+            side.strides[:] = level.stride()
+        params.levels[index].shape[:] = t.shape[1:]
+        params.levels[index].weight = 1.0 if weights is None else weights[index]
+    for index, output in enumerate(outputs):
+        params.outputs[index] = output.data_ptr()
+    error = ctypes.create_string_buffer(500)
+    address = ctypes.c_void_p(distances.data_ptr())
+    failed = library.anomaly_map_on_threads(
+        ctypes.byref(params), address, device, processors, ptx_version, has_image, error, len(error)
+    )
+    if failed:
+        raise RuntimeError(error.value.decode())
+    return outputs
+
+
+def tensors(sides, dtype="float32", memory_format=torch.contiguous_format):
+    dtype = getattr(torch, dtype)
+    return [[torch.from_numpy(level).to(dtype).contiguous(memory_format=memory_format) for level in s] for s in sides]
+
+
+def check(outputs, teacher, student, image_size, tolerance=1e-5, **options):
+    expected = reference.anomaly_map(
+        [level.double().numpy() for level in teacher],
+        [level.double().numpy() for level in student],
+        image_size,
+        **options,
+    )
+    for output, wanted in zip(outputs, expected, strict=False):
+        np.testing.assert_allclose(output.numpy(), wanted, rtol=tolerance, atol=1e-30)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_layouts_and_ways_to_launch(library, dtype, layout, scheme):
+    """Levels that 16-byte loads reach, and one that they do not; columns beyond one block's."""
+    sides = make_features([(24, 4), (40, 8)], 2, (64, 72))
+    odd = make_features([(7, 11)], 2, (64, 72), seed=1)
+    teacher, student = tensors([a + b for a, b in zip(sides, odd, strict=True)], dtype, layout)
+    outputs = score(library, teacher, student, (64, 72), **SCHEMES[scheme])
+    check(outputs, teacher, student, (64, 72), 1e-12 if dtype == "float64" else 1e-5)
+    again = score(library, teacher, student, (64, 72), **SCHEMES["grid"])
+    assert all(torch.equal(*pair) for pair in zip(outputs, again, strict=True))  # whatever blocks share the work
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("image_size", [(1, 1), (3, 131), (40, 9)], ids=str)
+def test_levels_of_any_size(library, image_size, scheme):
+    rng = np.random.default_rng(0)
+    shapes = [(1, 1, 1, 1), (1, 3, 16, 16), (1, 17, 40, 9), (1, 5, 1, 30), (1, 2, 30, 1), (1, 9, 64, 33)]
+    teacher, student = tensors([[rng.standard_normal(shape) for shape in shapes] for _ in "ts"])
+    check(score(library, teacher, student, image_size, **SCHEMES[scheme]), teacher, student, image_size)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
+def test_combinations_weights_and_level_maps(library, combine, weights):
+    teacher, student = tensors(make_features([(8, 4), (12, 8), (20, 16)], 3, (32, 48)))
+    options = {"weights": weights, "combine": combine}
+    outputs = score(library, teacher, student, (32, 48), level_maps=True, **options)
+    check(outputs, teacher, student, (32, 48), 2e-5, **options)
+
+
+@pytest.mark.parametrize("layout", ["slice", "transposed", "expanded", "mixed", "unaligned"])
+def test_any_memory_layout(library, layout):
+    teacher, student = tensors(make_features([(16, 4)], 2, (48, 64)))
+    if layout == "slice":
+        padded = torch.zeros(3, 17, 15, 19)
+        padded[1:, 1:, 2:-1, 3:] = teacher[0]
+        teacher = [padded[1:, 1:, 2:-1, 3:]]
+    elif layout == "transposed":
+        teacher = [teacher[0].transpose(2, 3).contiguous().transpose(2, 3)]
+    elif layout == "expanded":
+        teacher = [teacher[0][:1].expand(2, -1, -1, -1)]
+    elif layout == "mixed":
+        teacher = [teacher[0].contiguous(memory_format=torch.channels_last)]
+    else:
+        memory = torch.zeros(teacher[0].numel() + 1)[1:]
+        teacher = [memory.view(teacher[0].shape).copy_(teacher[0])]
+    check(score(library, teacher, student, (48, 64)), teacher, student, (48, 64))
+
+
+def test_any_likeness_and_the_cpu_scorer(library):
+    for noise in (3, 3e-2, 1e-6):
+        teacher, student = tensors(make_features([(70, 4)], 1, (64, 48), noise))
+        distance = reference.distance(teacher[0].double().numpy(), student[0].double().numpy())
+        result = score(library, teacher, student, distance.shape[1:])[0][:, 0].numpy()
+        error = np.abs(result - distance)
+        assert (error <= np.where(distance >= 1e-4, 1e-5 * distance, 1e-9)).all()
+        ours = score(library, teacher, student, (64, 48))[0]
+        torch.testing.assert_close(ours, anomaly_map(teacher, student, (64, 48))[0], rtol=1e-6, atol=1e-14)
+
+
+def test_nan_reaches_map_and_score(library):
+    teacher, student = tensors(make_features([(6, 1), (5, 4)], 3, (16, 16)))
+    teacher[0][1, 3, 4, 11] = float("nan")
+    amap, scores = score(library, teacher, student, (24, 19))
+    expected = anomaly_map(teacher, student, (24, 19))
+    assert torch.equal(amap.isnan(), expected[0].isnan())
+    assert scores.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(scores, expected[1], equal_nan=True)
+
+
+def test_few_and_many_processors(library):
+    """More than there are images: all blocks share them. Many fewer: clusters come one after the other."""
+    teacher, student = tensors(make_features([(8, 4)], 5, (32, 32)))
+    expected = score(library, teacher, student, (32, 32), ptx_version=80)
+    for processors in (1, 7):
+        outputs = score(library, teacher, student, (32, 32), processors=processors)
+        assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+def test_errors(library):
+    teacher, student = tensors(make_features([(8, 4)], 1, (8, 8)))
+    with pytest.raises(RuntimeError, match=r"compute capability 7[.]0, and this build holds CUDA code for 80, 90 only"):
+        score(library, teacher, student, (8, 8), ptx_version=70, has_image=0)
+    with pytest.raises(RuntimeError, match="CUDA: device 5: invalid device"):
+        score(library, teacher, student, (8, 8), device=5)
+    score(library, teacher, student, (8, 8), device=1)  # not the current one, which stays so: the library checks that
+    empty = [torch.zeros(0, 8, 2, 2)]
+    assert [tuple(output.shape) for output in score(library, empty, empty, (8, 8))] == [(0, 1, 8, 8), (0,)]
