@@ -108,6 +108,19 @@ def test_another_stream_a_graph_and_the_operator():
 
 
 @on_gpu
+@pytest.mark.parametrize("batch", [1, 20])
+def test_exactly_one_launch(batch):
+    teacher, student = features(PYRAMIDS["resnet18"], batch, (256, 256))
+    out = anomaly_map(teacher, student, (256, 256))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        anomaly_map(teacher, student, (256, 256), out=out)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1, kernels
+    assert "anomaly_map_kernel" in kernels[0]
+
+
+@on_gpu
 def test_nan_and_empty_batch():
     teacher, student = features([(6, 1), (5, 4)], 3, (16, 16))
     teacher[0][1, 3, 4, 11] = torch.nan
