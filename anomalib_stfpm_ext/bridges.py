@@ -263,7 +263,9 @@ def main(arguments: list[str] | None = None) -> None:
         "write-authors": _command_write_authors,
     }
     try:
-        jsonargparse.CLI(commands, arguments, prog="python -m anomalib_stfpm_ext.bridges")
+        jsonargparse.CLI(  # type: ignore[no-untyped-call]  # auto_cli, its newer name, is not in all that anomalib takes
+            commands, arguments, prog="python -m anomalib_stfpm_ext.bridges"
+        )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
