@@ -99,10 +99,14 @@ def write_authors_student(model: StfpmExt | str | Path, path: str | Path, catego
         category (str): The category that the file names. Defaults to ``""``.
 
     Raises:
-        TypeError: If ``model`` is neither model nor path.
+        TypeError: If ``model`` is neither model nor path, ``path`` is no path, or ``category`` is no string.
         FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If it cannot be read, or the student is no ResNet18 with ``layer1`` to ``layer3``.
+        ValueError: If it cannot be read, the student is no ResNet18 with ``layer1`` to ``layer3``, or ``path`` is a
+            folder.
     """
+    if not isinstance(category, str):
+        msg = f"category: wanted a name, got {type(category).__qualname__}"
+        raise TypeError(msg)
     if not isinstance(model, StfpmExt):
         model = _read_checkpoint("model", model)
     student = model.model.student_model
@@ -123,9 +127,15 @@ def write_authors_student(model: StfpmExt | str | Path, path: str | Path, catego
 def save_checkpoint(model: StfpmExt, path: str | Path) -> None:
     """Save a model as Lightning does, without having trained it.
 
+    There is no state of an optimiser in the checkpoint, so training cannot go on from it.
+
     Args:
         model (StfpmExt): The model.
         path (str | Path): The checkpoint to write. Its folder is made if need be.
+
+    Raises:
+        TypeError: If ``path`` is no path.
+        ValueError: If it is a folder.
     """
     checkpoint = {
         "epoch": 0,
@@ -139,6 +149,12 @@ def save_checkpoint(model: StfpmExt, path: str | Path) -> None:
 
 
 def _save(content: dict[str, Any], path: str | Path) -> None:
+    if not isinstance(path, str | Path):
+        msg = f"path: wanted the path of a file to write, got {type(path).__qualname__}"
+        raise TypeError(msg)
+    if Path(path).is_dir():
+        msg = f"path: wanted a file to write, got the folder {str(path)!r}"
+        raise ValueError(msg)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
 

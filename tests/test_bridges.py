@@ -335,14 +335,21 @@ def test_networks_that_are_not_the_authors(student, authors_file, resnet18_weigh
         read_authors_student(3, resnet18_weights)
 
 
-def test_models_that_the_authors_code_cannot_hold(tmp_path):
+def test_what_cannot_be_written_for_the_authors_code(tmp_path):
     for backbone, layers in (("resnet34", LAYERS), ("resnet18", LAYERS[:2]), ("resnet18", [*LAYERS, "layer4"])):
         model = StfpmExt(backbone, layers, teacher_weights=False)
         with pytest.raises(ValueError, match=rf"^model: the authors' code wants 'resnet18' .*, got '{backbone}' with"):
             write_authors_student(model, tmp_path / "best.pth.tar")
     with pytest.raises(TypeError, match=r"^model: wanted the path of a checkpoint of anomalib's Stfpm, got NoneType"):
         write_authors_student(None, tmp_path / "best.pth.tar")
+    model = StfpmExt("resnet18", LAYERS, teacher_weights=False)
+    with pytest.raises(TypeError, match="category: wanted a name, got int"):
+        write_authors_student(model, tmp_path / "best.pth.tar", 3)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="path: wanted the path of a file to write, got int"):
+        write_authors_student(model, 3)
+    with pytest.raises(ValueError, match="path: wanted a file to write, got the folder"):
+        write_authors_student(model, tmp_path)
 
 
 @pytest.mark.usefixtures("no_internet")
