@@ -7,6 +7,7 @@ No file is unpickled with code in it. What is read is a :class:`StfpmExt`; :func
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -263,7 +264,7 @@ def _report(model: StfpmExt, checkpoint: Path) -> None:
     backbone, layers = model.model.teacher_model.backbone, ",".join(model.model.teacher_model.layers)
     print(
         f"wrote {checkpoint}; give anomalib: --model StfpmExt --model.backbone {backbone} "
-        f'--model.layers "[{layers}]" --model.teacher_weights false --ckpt_path {checkpoint}'
+        f'--model.layers "[{layers}]" --model.teacher_weights false --ckpt_path {shlex.quote(str(checkpoint))}'
     )
 
 

@@ -2,8 +2,9 @@
 
 """Students of the authors' code and checkpoints of anomalib's Stfpm, there and back; what the bridges refuse."""
 
-import os
 import pickle
+import runpy
+import shlex
 import subprocess
 import sys
 from collections import OrderedDict
@@ -246,23 +247,20 @@ def test_command_lines(authors_file, student, resnet18_weights, tmp_path, capsys
 
 
 @pytest.mark.usefixtures("no_internet")
-def test_stock_anomalib_predicts_with_what_was_read(images, tmp_path):
-    """The command that the bridge prints, run as it is."""
+def test_stock_anomalib_predicts_with_what_was_read(images, tmp_path, capsys, monkeypatch):
+    """The options that the bridge prints, given as they are."""
     anomalib_checkpoint(tmp_path / "stfpm.ckpt", backbone="test_resnet", layers=["layer1", "layer3"])
-    command = [sys.executable, "-m", "anomalib_stfpm_ext.bridges", "read-anomalib", "stfpm.ckpt", "ours.ckpt"]
-    printed = run(command, tmp_path)
-    options = printed.partition("give anomalib: ")[2].strip()
-    anomalib = Path(sys.executable).with_name("anomalib")
-    run(f'"{anomalib}" predict {options} --data "{images}/bad"', tmp_path, shell=True)
-    assert list(tmp_path.glob("results/**/*.png"))
-
-
-def run(command: list[str] | str, folder: Path, shell: bool = False) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bridges", "read-anomalib", "stfpm.ckpt", "ours.ckpt"])
+    monkeypatch.delitem(sys.modules, "anomalib_stfpm_ext.bridges")
+    runpy.run_module("anomalib_stfpm_ext.bridges", run_name="__main__")  # what python -m does
+    options = capsys.readouterr().out.partition("give anomalib: ")[2]
+    command = [str(Path(sys.executable).with_name("anomalib")), "predict", *shlex.split(options), "--data"]
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, shell=shell, env=os.environ
+        [*command, str(images / "bad")], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
+    assert len(list(tmp_path.glob("results/**/*.png"))) == 4
 
 
 class Hostile:
