@@ -3,7 +3,8 @@
 """The network on either side of STFPM: a timm backbone that returns the features of named levels."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Teacher(FeaturePyramid):
         if weights is True:
             self._load_pretrained()
         elif weights is not False:
-            self._load_file(Path(weights))
+            self._load_file(weights)
         self.freeze()
 
     def freeze(self) -> None:
@@ -112,29 +113,19 @@ class Teacher(FeaturePyramid):
             raise RuntimeError(msg) from error
         self.feature_extractor.load_state_dict(pretrained.state_dict())
 
-    def _load_file(self, path: Path) -> None:
-        if not path.is_file():
-            msg = f"teacher_weights: wanted a local .pth or .safetensors file, got {str(path)!r}, which does not exist"
-            raise FileNotFoundError(msg)
-        try:
-            file_weights = load_state_dict(str(path), use_ema=False, weights_only=True)
-        except Exception as error:
-            msg = f"teacher_weights: {str(path)!r} cannot be read as a file of weights: {error}"
-            raise ValueError(msg) from error
-        weights, wrong = {}, []
-        for name, tensor in self.feature_extractor.state_dict().items():
-            found = _find_tensor(file_weights, name)
-            if found is not None and found.shape == tensor.shape:
-                weights[name] = found
-            elif not name.endswith("num_batches_tracked"):  # absent from old files, and of no effect
-                wrong.append(
-                    f"{name} {'is missing' if found is None else f'is {tuple(found.shape)}'}"
-                    f", wanted {tuple(tensor.shape)}"
-                )
-        if wrong:
-            msg = f"teacher_weights: {str(path)!r} does not fit {self.backbone!r}: {_shorten(wrong)}"
-            raise ValueError(msg)
-        self.feature_extractor.load_state_dict(weights, strict=False)
+    def _load_file(self, path: str | Path) -> None:
+        file_weights = read_file(
+            "teacher_weights",
+            path,
+            "a file of weights (.pth or .safetensors)",
+            partial(load_state_dict, use_ema=False, weights_only=True),
+        )
+        names = self.feature_extractor.state_dict()
+        load_tensors(
+            self.feature_extractor,
+            {name: tensor for name in names if (tensor := _find_tensor(file_weights, name)) is not None},
+            f"teacher_weights: {str(path)!r} does not fit {self.backbone!r}",
+        )
 
 
 class Student(FeaturePyramid):
@@ -148,6 +139,63 @@ class Student(FeaturePyramid):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
                 nn.init.ones_(module.weight)
+
+
+def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str], Any]) -> Any:
+    """Read a file that somebody named.
+
+    Args:
+        argument (str): The argument that named it, for the error.
+        path (str | Path): The file.
+        kind (str): What it should be, for the error.
+        reader (Callable[[str], Any]): Reads it. It must not run code from the file.
+
+    Returns:
+        Any: What ``reader`` returns.
+
+    Raises:
+        TypeError: If ``path`` is no path.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read.
+    """
+    if not isinstance(path, str | Path):
+        msg = f"{argument}: wanted the path of {kind}, got {type(path).__qualname__}"
+        raise TypeError(msg)
+    if not Path(path).is_file():
+        msg = f"{argument}: wanted {kind}, got {str(path)!r}, which does not exist"
+        raise FileNotFoundError(msg)
+    try:
+        return reader(str(path))
+    except Exception as error:
+        msg = f"{argument}: {str(path)!r} cannot be read as {kind}: {error}"
+        raise ValueError(msg) from error
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> None:
+    """Load all tensors of a module, and accept no others.
+
+    Args:
+        module (nn.Module): The module.
+        tensors (Mapping[str, Any]): Its tensors by name.
+        misfit (str): Start of the error's message: what does not fit what.
+
+    Raises:
+        ValueError: If tensors are missing, of another shape, or unknown to the module.
+    """
+    wanted = module.state_dict()
+    wrong = []
+    for name in {**wanted, **tensors}:
+        if name not in tensors and name.endswith("num_batches_tracked"):
+            continue  # absent from old files, and of no effect
+        want = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+        found = tensors.get(name, "missing")
+        found = tuple(found.shape) if isinstance(found, torch.Tensor) else found
+        if found != want:
+            wrong.append(f"{name} is {found}, wanted {want}")
+    if wrong:
+        msg = f"{misfit}: {_shorten(wrong)}"
+        raise ValueError(msg)
+    module.load_state_dict(tensors, strict=False)
 
 
 def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
