@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) 
     if teacher_weights is False:
         msg = "teacher_weights: the authors' file holds the student only; wanted True or a file of weights, got False"
         raise ValueError(msg)
-    weights = read_file("path", path, "a file of the authors' code", load_state_dict)
+    weights = read_file("path", path, "a file of the authors' code", partial(load_state_dict, weights_only=True))
     student = {name: tensor for name, tensor in _timm_names(weights) if not name.startswith("layer4.")}  # never used
     model = StfpmExt(_AUTHORS_BACKBONE, _AUTHORS_LAYERS, teacher_weights)
     load_tensors(
