@@ -62,8 +62,8 @@ def anomaly_map(
 
 
 def lacks_kernel(device: torch.device) -> bool:
-    """Whether features are on CUDA and this build has no CUDA scorer."""
-    return device.type == "cuda" and not _core.cuda_architectures
+    """Whether features are on CUDA, or on ROCm, which torch calls so too, and this build has no scorer for it."""
+    return device.type == "cuda" and (not _core.cuda_architectures or torch.version.hip is not None)
 
 
 def _is_exported_without_operators() -> bool:
