@@ -27,9 +27,9 @@ address_SANITIZERS := address,undefined
 thread_SANITIZERS := thread
 sanitize: build/address.stamp build/thread.stamp
 	$(call PRELOAD,libasan.so,address) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-		$(BIN)/pytest $(SCORER_TESTS) -k "not interpreter_ends"
+		$(BIN)/pytest --capture=sys $(SCORER_TESTS) -k "not interpreter_ends"
 	$(call PRELOAD,libtsan.so,thread) TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-		setarch -R $(BIN)/pytest $(SCORER_TESTS) -k "(threads or layouts or reference or combinations) and not fork"
+		setarch -R $(BIN)/pytest --capture=sys $(SCORER_TESTS) -k "(threads or layouts or reference or combinations) and not fork"
 
 build/%.stamp: .venv/test.stamp
 	$(BIN)/pip install --no-deps --upgrade --target build/$* \

@@ -170,13 +170,17 @@ def test_combinations_weights_and_level_maps(library, combine, weights):
     check(outputs, teacher, student, (32, 48), 2e-5, **options)
 
 
-@pytest.mark.parametrize("layout", ["slice", "transposed", "expanded", "mixed", "unaligned"])
+@pytest.mark.parametrize("layout", ["slice", "gaps", "transposed", "expanded", "mixed", "unaligned"])
 def test_any_memory_layout(library, layout):
     teacher, student = tensors(make_features([(16, 4)], 2, (48, 64)))
     if layout == "slice":
         padded = torch.zeros(3, 17, 15, 19)
         padded[1:, 1:, 2:-1, 3:] = teacher[0]
         teacher = [padded[1:, 1:, 2:-1, 3:]]
+    elif layout == "gaps":  # after each row, where 16-byte loads would be aligned
+        padded = torch.zeros(2, 16, 12, 20)
+        padded[..., :16] = teacher[0]
+        teacher = [padded[..., :16]]
     elif layout == "transposed":
         teacher = [teacher[0].transpose(2, 3).contiguous().transpose(2, 3)]
     elif layout == "expanded":
