@@ -172,15 +172,17 @@ def test_combinations_weights_and_level_maps(library, combine, weights):
 
 @pytest.mark.parametrize("layout", ["slice", "gaps", "transposed", "expanded", "mixed", "unaligned"])
 def test_any_memory_layout(library, layout):
-    teacher, student = tensors(make_features([(16, 4)], 2, (48, 64)))
+    teacher, student = tensors(make_features([(16, 4)], 2, (48, 72)))
     if layout == "slice":
-        padded = torch.zeros(3, 17, 15, 19)
+        padded = torch.zeros(3, 17, 15, 21)
         padded[1:, 1:, 2:-1, 3:] = teacher[0]
         teacher = [padded[1:, 1:, 2:-1, 3:]]
-    elif layout == "gaps":  # after each row, where 16-byte loads would be aligned
+    elif (
+        layout == "gaps"
+    ):  # after each row, where 16-byte loads of a channel would be aligned, but reach into the next row
         padded = torch.zeros(2, 16, 12, 20)
-        padded[..., :16] = teacher[0]
-        teacher = [padded[..., :16]]
+        padded[..., :18] = teacher[0]
+        teacher = [padded[..., :18]]
     elif layout == "transposed":
         teacher = [teacher[0].transpose(2, 3).contiguous().transpose(2, 3)]
     elif layout == "expanded":
@@ -190,7 +192,7 @@ def test_any_memory_layout(library, layout):
     else:
         memory = torch.zeros(teacher[0].numel() + 1)[1:]
         teacher = [memory.view(teacher[0].shape).copy_(teacher[0])]
-    check(score(library, teacher, student, (48, 64)), teacher, student, (48, 64))
+    check(score(library, teacher, student, (48, 72)), teacher, student, (48, 72))
 
 
 def test_any_likeness_and_the_cpu_scorer(library):
