@@ -191,12 +191,20 @@ def _read_checkpoint(
         msg = f"{argument}: the transform or the post-processing in {str(path)!r} cannot be restored: {error}"
         raise ValueError(msg) from error
     unset = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("post_processor.")}
+    stages = len(getattr(model.model.teacher_model.feature_extractor, "blocks", ()))  # anomalib keeps those after, too
+    read = {name: tensor for name, tensor in content["state_dict"].items() if _stage(name) < stages}
     load_tensors(
         model,
-        {**unset, **content["state_dict"]},
+        {**unset, **read},
         f"{argument}: {str(path)!r} does not fit {backbone!r} with layers {list(layers)}",
     )
     return model
+
+
+def _stage(name: str) -> int:
+    """Return the number of the stage among an EfficientNet's blocks that a tensor belongs to, -1 for others."""
+    match = re.search(r"\.feature_extractor\.blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def _load_checkpoint(path: str) -> dict[str, Any]:

@@ -37,9 +37,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.layers = list(layers)
-        self.feature_extractor = timm.create_model(
-            backbone, pretrained=False, features_only=True, out_indices=_layer_indices(backbone, layers)
-        )
+        self.feature_extractor = _create_extractor(backbone, _layer_indices(backbone, layers))
         # Swin and its like return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -99,12 +97,8 @@ class Teacher(FeaturePyramid):
 
     def _load_pretrained(self) -> None:
         try:
-            pretrained = timm.create_model(
-                self.backbone,
-                pretrained=True,
-                features_only=True,
-                out_indices=self.feature_extractor.feature_info.out_indices,
-            )
+            indices = self.feature_extractor.feature_info.out_indices
+            pretrained = _create_extractor(self.backbone, indices, pretrained=True)
         except Exception as error:
             msg = (
                 f"teacher_weights: timm's pretrained weights of {self.backbone!r} cannot be had "
@@ -196,6 +190,18 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> 
         msg = f"{misfit}: {_shorten(wrong)}"
         raise ValueError(msg)
     module.load_state_dict(tensors, strict=False)
+
+
+def _create_extractor(backbone: str, indices: Sequence[int], pretrained: bool = False) -> Any:
+    """Create timm's extractor, without the stages after the last level, which EfficientNet and MobileNetV3 keep.
+
+    Nobody reads those, they take time, and their parameters without gradients stop distributed training.
+    """
+    extractor = timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=tuple(indices))
+    stages = [level["stage"] for level in extractor.feature_info.get_dicts() if "stage" in level]
+    if stages and isinstance(extractor.blocks, nn.Sequential):
+        del extractor.blocks[max(stages) :]
+    return extractor
 
 
 def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:

@@ -58,6 +58,17 @@ def test_features_equal_those_of_anomalib(resnet18_weights):
     assert all(torch.equal(features, expected[layer]) for layer, features in ours(images).items())
 
 
+@pytest.mark.parametrize("backbone", [*BACKBONES, "mobilenetv3_small_050"])
+def test_every_parameter_of_the_student_is_trained(backbone):
+    """Stages after the last level would cost time, and stop distributed training."""
+    layers = BACKBONES.get(backbone, ["blocks.0", "blocks.1"])
+    student = Student(backbone, layers)
+    features = student(torch.randn(2, 3, 64, 64))
+    assert list(features) == layers
+    sum(level.square().mean() for level in features.values()).backward()
+    assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
+
+
 def test_layers_come_in_the_order_asked_for():
     pyramid = FeaturePyramid("test_resnet", ["layer3", "layer1"])
     assert [features.shape[-1] for features in pyramid(torch.zeros(1, 3, 64, 64)).values()] == [4, 16]
