@@ -33,7 +33,7 @@ def anomaly_map(
     teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options, out: Tensors | None
 ) -> tuple[torch.Tensor, ...]:
     """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
-    differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in (*teacher, *student))
+    differentiable = _is_differentiable(teacher, student)
     weights, combine = options.weights, options.combine
     if out is not None:
         if differentiable:
@@ -59,6 +59,13 @@ def anomaly_map(
             teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
         )
     )
+
+
+def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
+    """Whether somebody may want gradients. Of an exported program nobody does, whatever mode it was exported in."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(level.requires_grad for level in (*teacher, *student))
 
 
 def lacks_kernel(device: torch.device) -> bool:

@@ -101,9 +101,13 @@ def test_compiled_and_exported_model_hold_the_fused_operator(trained):
     with torch.no_grad():
         expected = model(images)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
-        exported = torch.export.export(model, (images,))
     torch.testing.assert_close(compiled.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=0)
+    # As most people call it, with gradients enabled; for any number of images.
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     assert "anomalib_stfpm_ext.anomaly_map" in str(exported.graph)
+    five = torch.rand(5, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(five).anomaly_map, model(five).anomaly_map, rtol=1e-4, atol=0)
 
 
 def anomalib(*arguments: str, cwd: Path) -> str:
