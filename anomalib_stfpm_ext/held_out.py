@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from anomalib.data import AnomalibDataset
+from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
@@ -52,31 +51,42 @@ class StudentChoice:
         self._best_in_network = False
         self._loader: DataLoader[Any] | None = None
         self._num_images = 0
-        self._resumed: dict[str, Any] = {}
 
     @property
     def best(self) -> Measurement | None:
         """The lowest measurement, the earliest of equals; ``None`` before the first."""
         return min(self.history, key=lambda measurement: measurement.value, default=None)
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Trainer, resumed: dict[str, Any] | None) -> None:
         """Take the held-out images out of the training, and go on from where the checkpoint left off, if any.
 
         Args:
             trainer (Trainer): Trainer at the start of its fit.
+            resumed (dict[str, Any] | None): What :meth:`save` wrote; the network holds that checkpoint's best student.
+
+        Raises:
+            ValueError: If images cannot be held out, or are not those of the checkpoint.
         """
+        if trainer.strategy.restore_checkpoint_after_setup:  # those that shard the model
+            wanted = "a strategy that has the whole student in each process, such as ddp (or 0 to hold nothing out)"
+            fail(ValueError, "held_out_share", wanted, type(trainer.strategy).__qualname__)
+        if resumed:
+            if resumed["share"] != self.share:
+                fail(ValueError, "held_out_share", f"{resumed['share']} as in the checkpoint", self.share)
+            self.seed = resumed["seed"]  # the same images as before
         self._hold_out(trainer)
         current = self.student.state_dict()
-        if not self._resumed:
+        if not resumed:
             self._other = {name: tensor.clone() for name, tensor in current.items()}
             return
-        if self._resumed["images"] != self._num_images:
-            wanted = f"{self._resumed['images']} held-out images as in the checkpoint"
+        if resumed["images"] != self._num_images:
+            wanted = f"{resumed['images']} held-out images as in the checkpoint"
             fail(ValueError, "held_out_share", wanted, self._num_images)
-        self._other = {name: self._resumed["student"][name].to(tensor.device) for name, tensor in current.items()}
+        self.history = [Measurement(*measurement) for measurement in resumed["history"]]
+        self._other = {name: resumed["student"][name].to(tensor.device) for name, tensor in current.items()}
         self._best_in_network = True
         self.show(best=False)
-        torch.set_rng_state(self._resumed["random_state"])  # so that the images come in the order of an unbroken run
+        torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, module: AnomalibModule) -> float:
@@ -162,33 +172,13 @@ class StudentChoice:
             "random_state": torch.get_rng_state(),
         }
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Read what :meth:`save` wrote; takes effect in :meth:`start`.
-
-        Args:
-            checkpoint (dict[str, Any]): Lightning's checkpoint.
-
-        Raises:
-            ValueError: If the checkpoint's held-out share is another.
-        """
-        if CHECKPOINT_KEY not in checkpoint:
-            rank_zero_warn(
-                "held_out_share: the checkpoint comes from a training that held no images out. The choice starts now, "
-                "on images that the student may have been trained on."
-            )
-            return
-        self._resumed = checkpoint[CHECKPOINT_KEY]
-        if self._resumed["share"] != self.share:
-            fail(ValueError, "held_out_share", f"{self._resumed['share']} as in the checkpoint", self.share)
-        self.seed = self._resumed["seed"]  # the same images as before
-        self.history = [Measurement(*measurement) for measurement in self._resumed["history"]]
-
     def _hold_out(self, trainer: Trainer) -> None:
         """Make the loader of held-out images; unless the data module holds some out, leave the others to the training.
 
         Neither the user's data module nor data set is changed.
         """
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        source = trainer.fit_loop._data_source  # Lightning has no public way to a loader that was given to fit()
+        datamodule: Any = source.instance
         if getattr(datamodule, "val_split_mode", None) == ValSplitMode.FROM_TRAIN:
             loader = datamodule.val_dataloader()
             dataset, held_out = loader.dataset, _good_images(loader.dataset)
@@ -196,7 +186,6 @@ class StudentChoice:
                 wanted = "good images in the data module's split, as val_split_mode is from_train"
                 fail(ValueError, "held_out_share", wanted, f"none of {len(dataset)}")
         else:
-            source = trainer.fit_loop._data_source  # Lightning has no public way to a loader that was given to fit()
             reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
             if source.is_module() and reload:
                 wanted = "a data set that stays the same (or 0 to hold nothing out)"
@@ -215,7 +204,8 @@ class StudentChoice:
                 drop_last=loader.drop_last,
                 generator=loader.generator,
             )
-            if isinstance(dataset, AnomalibDataset) and datamodule is not None:
+            trainer.fit_loop._combined_loader = None  # of all images, which a learning rate finder may have left
+            if isinstance(datamodule, AnomalibDataModule):
                 dataset = copy.copy(dataset)
                 dataset.augmentations = datamodule.test_data.augmentations
         self._num_images = len(held_out)

@@ -20,6 +20,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -113,6 +114,7 @@ class StfpmExt(AnomalibModule):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.held_out_share, self.seed = held_out_share, seed
         self.choice: StudentChoice | None = None
+        self._resumed_choice: dict[str, Any] | None = None
         self.configure_optimizers()  # so that a wrong setting is an error now and not after the data is loaded
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -146,7 +148,7 @@ class StfpmExt(AnomalibModule):
         del batch, batch_idx
         loss = float(outputs["loss"])  # type: ignore[index]  # the progress bar waits for it, too
         if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
-            self._stop(f"a loss of {loss} in process {self.global_rank}")
+            self._stop("a loss that is not finite in another process" if math.isfinite(loss) else f"a loss of {loss}")
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch.
@@ -188,20 +190,26 @@ class StfpmExt(AnomalibModule):
             trainer.fit_loop.max_epochs = MAX_EPOCHS
 
     def setup(self, stage: str) -> None:
-        """Begin a new choice of the student with every fit.
+        """Forget the choice of a fit before.
 
         Args:
             stage (str): What the trainer is about to do.
         """
         if stage == TrainerFn.FITTING:
-            self.choice = None
-            if self.held_out_share:
-                self.choice = StudentChoice(self.model.student_model, self.held_out_share, self.seed or 0)
+            self.choice = self._resumed_choice = None
 
     def on_fit_start(self) -> None:
-        """Hold images out, before Lightning asks for the training images."""
-        if self.choice:
-            self.choice.start(self.trainer)
+        """Hold images out, before Lightning asks for the training images.
+
+        Raises:
+            ValueError: If images cannot be held out, or are not those of the checkpoint that is resumed.
+        """
+        if self.held_out_share:
+            self.choice = StudentChoice(self.model.student_model, self.held_out_share, self.seed or 0)
+            self.choice.start(self.trainer, self._resumed_choice)
+        elif self._resumed_choice:
+            fail(ValueError, "held_out_share", f"{self._resumed_choice['share']} as in the checkpoint", 0)
+        self._resumed_choice = None
 
     def on_validation_start(self) -> None:
         """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
@@ -239,18 +247,17 @@ class StfpmExt(AnomalibModule):
 
         Args:
             checkpoint (dict[str, Any]): Lightning's checkpoint.
-
-        Raises:
-            ValueError: If its held-out share is another.
         """
         super().on_load_checkpoint(checkpoint)
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             self.choice = None  # that of a fit before; the student is now another
-        elif self.choice:
-            self.choice.load(checkpoint)
-        elif CHECKPOINT_KEY in checkpoint:
-            wanted = f"{checkpoint[CHECKPOINT_KEY]['share']} as in the checkpoint"
-            fail(ValueError, "held_out_share", wanted, self.held_out_share)
+            return
+        self._resumed_choice = checkpoint.get(CHECKPOINT_KEY)
+        if self._resumed_choice is None and self.held_out_share and checkpoint["global_step"]:
+            rank_zero_warn(
+                "held_out_share: the checkpoint comes from a training that held no images out. The choice starts now, "
+                "on images that the student may have been trained on."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: the student in training and the images have no place in it.

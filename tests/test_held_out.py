@@ -15,7 +15,8 @@ from anomalib.data import Folder, ImageBatch
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.model_selection import train_test_split
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
@@ -304,12 +305,15 @@ def test_bad_shares(share, error, got):
         StfpmExt(teacher_weights=False, held_out_share=share)
 
 
-def test_too_few_images(make_model, fit, images):
+def test_data_and_settings_that_leave_nothing_to_choose_by(make_model, fit, images):
     def reduced(number: int, label: int = 0) -> Folder:
         data = folder(images)
         data.setup(TrainerFn.FITTING)
         data.train_data.samples = data.train_data.samples[:number].assign(label_index=label)
         return data
+
+    class Sharded(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
 
     wanted = "held_out_share: wanted a share that leaves good images both to hold out and to train on, got"
     for share, data, message in (
@@ -320,13 +324,15 @@ def test_too_few_images(make_model, fit, images):
     ):
         with pytest.raises(ValueError, match=message):
             fit(make_model(held_out_share=share), data=data)
+    with pytest.raises(ValueError, match=r"held_out_share: wanted a strategy .* such as ddp .*, got .*Sharded"):
+        fit(make_model(), strategy=Sharded(device="cpu"))
     with pytest.raises(ValueError, match=r"held_out_share: wanted a data set that stays the same.*n_epochs=1"):
         fit(make_model(), reload_dataloaders_every_n_epochs=1)
 
 
 def test_nan_stops_the_training_and_keeps_the_last_good_student(make_model, fit, images):
     model, steer = make_model(), Steer(0.1, 0.1)
-    message = r"lr: .*got a loss of nan in process 0 at step 3, epoch 1, learning rate 0.05.*that of epoch 0"
+    message = r"lr: .*got a loss of nan at step 3, epoch 1, learning rate 0.05.*that of epoch 0"
     with pytest.raises(FloatingPointError, match=message):
         fit(model, steer, Seen(broken_epoch=1))
     assert same(model.model.student_model.state_dict(), steer.student(model, 0))
@@ -353,6 +359,13 @@ def test_early_stopping_and_checkpoints_can_follow_the_held_out_map(make_model, 
     assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
     assert Path(best.best_model_path).name == "epoch=1.ckpt"
     assert same(model.model.student_model.state_dict(), steer.student(model, 1))
+
+
+def test_learning_rate_finder_goes_before(make_model, fit):
+    model, seen = make_model(), Seen()
+    fit(model, LearningRateFinder(num_training_steps=3), seen, epochs=2)
+    assert [measurement.epoch for measurement in model.choice.history] == [0, 1]
+    assert sorted(seen.training[-12:]) == sorted(2 * [f"{i}.png" for i in set(range(8)) - set(split(8, 0.2, 0))])
 
 
 @pytest.mark.parametrize("validation", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
