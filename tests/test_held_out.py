@@ -79,11 +79,6 @@ class Steer(Callback):
 
     def __init__(self, *noise: float) -> None:
         self.noise = noise
-        self.student_in_train_mode: list[bool] = []
-
-    def on_train_batch_start(self, _trainer, pl_module, *_):
-        modes = [module.training for module in pl_module.model.student_model.modules()]
-        self.student_in_train_mode.append(all(modes))
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         pl_module.model.student_model.load_state_dict(self.student(pl_module, trainer.current_epoch))
@@ -105,10 +100,22 @@ class Seen(Callback):
         self.training: list[str] = []
         self.broken_epoch = broken_epoch
 
-    def on_train_batch_start(self, trainer, _pl_module, batch, _batch_idx):
+    def on_train_batch_start(self, trainer, pl_module, batch, _batch_idx):
+        assert all(module.training for module in pl_module.model.student_model.modules())
+        assert not any(module.training for module in pl_module.model.teacher_model.modules())
         self.training += [Path(path).name for path in batch.image_path]
         if trainer.current_epoch == self.broken_epoch:
             batch.image = batch.image * torch.nan
+
+
+class Untouched(Callback):
+    """Wants that nothing draws random numbers from the end of an epoch, before the student is measured, to the next."""
+
+    def on_train_epoch_end(self, *_):
+        self.state = torch.get_rng_state()
+
+    def on_train_epoch_start(self, trainer, _pl_module):
+        assert trainer.current_epoch == 0 or torch.equal(torch.get_rng_state(), self.state)
 
 
 def test_the_split_is_the_authors_and_leaves_the_random_state_alone():
@@ -153,13 +160,12 @@ def test_training_sees_neither_held_out_nor_test_images(make_model, fit, images,
 
 def test_best_student_is_validated_saved_tested_and_kept(make_model, fit, images):
     model, steer = make_model(), Steer(0.3, 0.1, 0.5, 0.2)
-    engine = fit(model, steer, epochs=4)
+    engine = fit(model, steer, Seen(), epochs=4)
     values = [measurement.value for measurement in model.choice.history]
     assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
     assert np.argsort(values).tolist() == [1, 3, 0, 2]
     assert model.choice.best == model.choice.history[1]
     assert engine.trainer.callback_metrics["held_out_map"].item() == pytest.approx(values[3])
-    assert steer.student_in_train_mode == 4 * 2 * [True]
 
     checkpoint, best, last = content(engine), steer.student(model, 1), steer.student(model, 3)
     assert same(model.model.student_model.state_dict(), best)
@@ -265,7 +271,7 @@ def dataset(images):
 def test_loader_of_the_users_own(make_model, dataset, shuffle):
     seen, model = Seen(), make_model()
     loader = DataLoader(dataset, batch_size=4, shuffle=shuffle, collate_fn=ImageBatch.collate)
-    Trainer(max_epochs=2, callbacks=[seen], enable_checkpointing=False, **QUIET).fit(model, loader)
+    Trainer(max_epochs=2, callbacks=[seen, Untouched()], enable_checkpointing=False, **QUIET).fit(model, loader)
     training = [f"{index}.png" for index in sorted(set(range(8)) - set(split(8, 0.2, 0)))]
     assert sorted(seen.training[:6]) == sorted(seen.training[6:]) == training
     assert shuffle == (seen.training != training + training)
