@@ -2,9 +2,10 @@
 
 """StfpmExt, the model that anomalib trains, tests and exports."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import _anomalib_stfpm_ext_autoload
 import timm
@@ -16,12 +17,19 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from .held_out import CHECKPOINT_KEY, StudentChoice, check_share
 from .loss import StfpmExtLoss
+from .scorer import fail
 from .torch_model import StfpmExtModel
+
+MAX_EPOCHS = 100
 
 
 class StfpmExt(AnomalibModule):
@@ -41,9 +49,15 @@ class StfpmExt(AnomalibModule):
         lr (float): Learning rate of SGD. Defaults to ``0.4``, as in the paper.
         momentum (float): Momentum of SGD. Defaults to ``0.9``, as in the paper.
         weight_decay (float): Weight decay of SGD. Defaults to ``1e-4``, as in the paper.
+        held_out_share (float): Share of the good training images that the student never trains on. After every epoch,
+            and before a validation within one, the mean anomaly map on them is measured; the student for which it is
+            lowest is the one that is validated, saved, tested and kept. Where anomalib's data module splits its
+            validation images from the training images (``val_split_mode=FROM_TRAIN``), those serve instead. ``0``
+            switches it off: the last student is kept. Defaults to ``0.2``, as the authors have it.
         seed (int | None): Seed of Python's, NumPy's and torch's random numbers, set before the student is initialised:
             with it a training run can be repeated. It is here since anomalib's command line accepts
-            ``--seed_everything`` and ignores it. Defaults to ``None``, which leaves them alone.
+            ``--seed_everything`` and ignores it. It also says which images are held out. Defaults to ``None``, which
+            leaves the numbers alone and holds out the images of seed 0, as the authors do.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to 256x256 and normalises as
             the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
@@ -51,9 +65,14 @@ class StfpmExt(AnomalibModule):
         evaluator (Evaluator | bool): Computes the metrics. ``True``: anomalib's default. Defaults to ``True``.
         visualizer (Visualizer | bool): Draws the results. ``True``: anomalib's default. Defaults to ``True``.
 
+    Note:
+        The paper's 100 epochs are the default: a trainer without ``max_epochs``, ``max_steps`` and ``max_time`` gets
+        them. Held-out images pass through the test transforms of anomalib's data module. Those from a ``DataLoader``
+        of your own come as its data set gives them, augmented if it augments.
+
     Raises:
-        ValueError: If the backbone or a layer does not exist, an optimiser setting is out of range, or the teacher's
-            weights do not fit.
+        ValueError: If the backbone or a layer does not exist, an optimiser setting or the held-out share is out of
+            range, or the teacher's weights do not fit.
         FileNotFoundError: If the file of weights does not exist.
         RuntimeError: If timm's pretrained weights cannot be had.
 
@@ -61,7 +80,7 @@ class StfpmExt(AnomalibModule):
         >>> from anomalib.data import MVTecAD
         >>> from anomalib.engine import Engine
         >>> from anomalib_stfpm_ext import StfpmExt
-        >>> engine = Engine(max_epochs=100)
+        >>> engine = Engine()
         >>> engine.train(StfpmExt(), datamodule=MVTecAD())  # doctest: +SKIP
     """
 
@@ -73,12 +92,14 @@ class StfpmExt(AnomalibModule):
         lr: float = 0.4,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        held_out_share: float = 0.2,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_share(held_out_share)
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights)
@@ -91,6 +112,9 @@ class StfpmExt(AnomalibModule):
         self.model = model
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.held_out_share, self.seed = held_out_share, seed
+        self.choice: StudentChoice | None = None
+        self._resumed_choice: dict[str, Any] | None = None
         self.configure_optimizers()  # so that a wrong setting is an error now and not after the data is loaded
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -110,6 +134,22 @@ class StfpmExt(AnomalibModule):
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
 
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        """Stop where the loss is not finite.
+
+        Args:
+            outputs (STEP_OUTPUT): What the training step returned.
+            batch (Batch): Unused.
+            batch_idx (int): Unused.
+
+        Raises:
+            FloatingPointError: If the loss is not finite in one of the processes.
+        """
+        del batch, batch_idx
+        loss = float(outputs["loss"])  # type: ignore[index]  # the progress bar waits for it, too
+        if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
+            self._stop("a loss that is not finite in another process" if math.isfinite(loss) else f"a loss of {loss}")
+
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch.
 
@@ -124,6 +164,125 @@ class StfpmExt(AnomalibModule):
         del args, kwargs
         result: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
         return result
+
+    @property
+    def trainer(self) -> Trainer:
+        """Lightning's trainer.
+
+        Returns:
+            Trainer: The one that this model is attached to.
+        """
+        trainer: Trainer = super().trainer
+        return trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        # The one place where a model can still tell whether the user gave max_epochs: a moment later Lightning makes
+        # it 1000. In trainer_arguments it would override what the user gave.
+        AnomalibModule.trainer.fset(self, trainer)
+        if (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.max_epochs is None
+            and trainer.max_steps == -1
+            and not any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        ):
+            trainer.fit_loop.max_epochs = MAX_EPOCHS
+
+    def setup(self, stage: str) -> None:
+        """Forget the choice of a fit before.
+
+        Args:
+            stage (str): What the trainer is about to do.
+        """
+        if stage == TrainerFn.FITTING:
+            self.choice = self._resumed_choice = None
+
+    def on_fit_start(self) -> None:
+        """Hold images out, before Lightning asks for the training images.
+
+        Raises:
+            ValueError: If images cannot be held out, or are not those of the checkpoint that is resumed.
+        """
+        if self.held_out_share:
+            self.choice = StudentChoice(self.model.student_model, self.held_out_share, self.seed or 0)
+            self.choice.start(self.trainer, self._resumed_choice)
+        elif self._resumed_choice:
+            fail(ValueError, "held_out_share", f"{self._resumed_choice['share']} as in the checkpoint", 0)
+        self._resumed_choice = None
+
+    def on_validation_start(self) -> None:
+        """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
+        if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._measure(self.choice)
+            self.choice.show(best=True)
+
+    def on_validation_end(self) -> None:
+        """Go on with the student in training."""
+        if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.choice.show(best=False)
+
+    def on_train_epoch_end(self) -> None:
+        """Measure the student, unless the validation has, before checkpoints are saved and early stopping decides."""
+        if self.choice:
+            self.log("held_out_map", self._measure(self.choice), prog_bar=True, sync_dist=True)
+
+    def on_train_end(self) -> None:
+        """Keep the best student."""
+        if self.choice:
+            self.choice.finish()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the best student as the model's, and what resuming needs beside it.
+
+        Args:
+            checkpoint (dict[str, Any]): Lightning's checkpoint.
+        """
+        super().on_save_checkpoint(checkpoint)
+        if self.choice:
+            self.choice.save(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume the choice of the student where a fit is resumed.
+
+        Args:
+            checkpoint (dict[str, Any]): Lightning's checkpoint.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            self.choice = None  # that of a fit before; the student is now another
+            return
+        self._resumed_choice = checkpoint.get(CHECKPOINT_KEY)
+        if self._resumed_choice is None and self.held_out_share and checkpoint["global_step"]:
+            rank_zero_warn(
+                "held_out_share: the checkpoint comes from a training that held no images out. The choice starts now, "
+                "on images that the student may have been trained on."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An export is a pickle of the model: the student in training and the images have no place in it.
+        return {**super().__getstate__(), "choice": None}
+
+    def _measure(self, choice: StudentChoice) -> float:
+        value = choice.measure(self.trainer, self)
+        if not math.isfinite(value):
+            self._stop(f"a mean anomaly map of the held-out images of {value}")
+        return value
+
+    def _stop(self, got: str) -> NoReturn:
+        kept = "held_out_share is 0, so none is kept but in checkpoints"
+        if self.choice:
+            self.choice.finish()
+            best = self.choice.best
+            kept = f"that of epoch {best.epoch}" if best else "the one that the training began with"
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        where = f"at step {self.trainer.global_step}, epoch {self.trainer.current_epoch}, learning rate {lr}"
+        fail(
+            FloatingPointError,
+            "lr",
+            "a learning rate with which training stays finite",
+            f"{got} {where}. Last good student: {kept}",
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Set up the paper's SGD for the student.

@@ -141,7 +141,7 @@ def test_command_line(images, tmp_path):
         return path
 
     help_text = anomalib("train", "--model.help", "StfpmExt", cwd=tmp_path)
-    for argument in ("backbone", "layers", "teacher_weights", "lr", "momentum", "weight_decay"):
+    for argument in ("backbone", "layers", "teacher_weights", "lr", "momentum", "weight_decay", "held_out_share"):
         assert f"--model.{argument} " in help_text
     metrics = image_metrics(anomalib("train", "--config", config("StfpmExt"), cwd=tmp_path))
     assert len(metrics) == 2
@@ -165,11 +165,11 @@ def test_command_line(images, tmp_path):
 
 
 def test_benchmark(images, tmp_path):
-    """The benchmark of anomalib offers no number of epochs, so it trains Lightning's 1000, here of one small step."""
+    """The benchmark of anomalib offers no number of epochs, so it trains the default of 100, here of one small step."""
     one = tmp_path / "one"
-    for role in ("good", "good_test", "bad"):
-        (one / role).mkdir(parents=True)
-        (one / role / "0.png").write_bytes((images / role / "0.png").read_bytes())
+    for image in ("good/0.png", "good/1.png", "good_test/0.png", "bad/0.png"):
+        (one / image).parent.mkdir(parents=True, exist_ok=True)
+        (one / image).write_bytes((images / image).read_bytes())
     init_args = {"backbone": "test_resnet", "layers": ["layer1"], "teacher_weights": False, "visualizer": False}
     data = {
         "name": "one",

@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The choice of the student by held-out images: what is held out, who is kept, what a checkpoint brings back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder, ImageBatch
+from anomalib.data.datasets.base import image as anomalib_dataset
+from anomalib.engine import Engine
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from sklearn.model_selection import train_test_split
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.held_out import CHECKPOINT_KEY, STUDENT_PREFIX, split
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def folder(images: Path, **arguments) -> Folder:
+    settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
+    return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))
+
+
+@pytest.fixture
+def make_model(resnet18_weights):
+    def make(**arguments) -> StfpmExt:
+        settings = {"layers": ["layer1", "layer2"], "teacher_weights": resnet18_weights, "lr": 0.05, "seed": 0}
+        settings |= {"pre_processor": StfpmExt.configure_pre_processor((48, 64)), "visualizer": False}
+        return StfpmExt("resnet18", **(settings | arguments))
+
+    return make
+
+
+@pytest.fixture
+def fit(images, tmp_path):
+    """Fit a model on the eight good images, and return the engine."""
+
+    def run(model, *callbacks, epochs=3, data=None, ckpt_path=None, **arguments) -> Engine:
+        engine = Engine([*callbacks], default_root_dir=tmp_path, max_epochs=epochs, **QUIET, **arguments)
+        engine.fit(model, datamodule=data or folder(images), ckpt_path=ckpt_path)
+        return engine
+
+    return run
+
+
+def content(engine: Engine) -> dict:
+    return torch.load(engine.best_model_path, weights_only=True)
+
+
+def student_of(state: dict) -> dict[str, torch.Tensor]:
+    """Take the student out of a model's state dict."""
+    return {name.removeprefix(STUDENT_PREFIX): t for name, t in state.items() if name.startswith(STUDENT_PREFIX)}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Tell whether all tensors have the same bits, where NaN (a threshold that was not needed) equals NaN."""
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor.isnan(), second[name].isnan())
+        and torch.equal(tensor.nan_to_num(), second[name].nan_to_num())
+        for name, tensor in first.items()
+    )
+
+
+class Steer(Callback):
+    """Makes the student the teacher plus noise after every step, of a strength that depends on the epoch."""
+
+    def __init__(self, *noise: float) -> None:
+        self.noise = noise
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.model.student_model.load_state_dict(self.student(pl_module, trainer.current_epoch))
+
+    def student(self, model: StfpmExt, epoch: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(epoch)
+        return {
+            name: tensor + self.noise[epoch] * tensor.std() * torch.randn(tensor.shape, generator=generator)
+            if name.endswith("conv1.weight")
+            else tensor
+            for name, tensor in model.model.teacher_model.state_dict().items()
+        }
+
+
+class Seen(Callback):
+    """Notes the images of every training step, and breaks those of one epoch if asked to."""
+
+    def __init__(self, broken_epoch: int | None = None) -> None:
+        self.training: list[str] = []
+        self.broken_epoch = broken_epoch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, _batch_idx):
+        assert all(module.training for module in pl_module.model.student_model.modules())
+        assert not any(module.training for module in pl_module.model.teacher_model.modules())
+        self.training += [Path(path).name for path in batch.image_path]
+        if trainer.current_epoch == self.broken_epoch:
+            batch.image = batch.image * torch.nan
+
+
+class Untouched(Callback):
+    """Wants that nothing draws random numbers from the end of an epoch, before the student is measured, to the next."""
+
+    def on_train_epoch_end(self, *_):
+        self.state = torch.get_rng_state()
+
+    def on_train_epoch_start(self, trainer, _pl_module):
+        assert trainer.current_epoch == 0 or torch.equal(torch.get_rng_state(), self.state)
+
+
+def test_the_split_is_the_authors_and_leaves_the_random_state_alone():
+    before, torch_before = np.random.get_state()[1].tolist(), torch.get_rng_state()
+    for number, share, seed in ((2, 0.2, 0), (8, 0.2, 0), (209, 0.2, 0), (30, 0.1, 7)):
+        theirs = train_test_split(range(number), test_size=share, random_state=seed)[1]
+        assert split(number, share, seed).tolist() == theirs
+    assert np.random.get_state()[1].tolist() == before
+    assert torch.equal(torch.get_rng_state(), torch_before)
+
+
+def test_training_sees_neither_held_out_nor_test_images(make_model, fit, images, monkeypatch):
+    read = []
+    read_image = anomalib_dataset.read_image
+
+    class Spy(v2.Transform):
+        def __init__(self):
+            super().__init__()
+            self.images = 0
+
+        def transform(self, inpt, _params):
+            self.images += isinstance(inpt, tv_tensors.Image)
+            return inpt
+
+    def spy(path, **arguments):
+        read.append(Path(path).relative_to(images).as_posix())
+        return read_image(path, **arguments)
+
+    monkeypatch.setattr(anomalib_dataset, "read_image", spy)
+    in_training, in_test = Spy(), Spy()
+    data = folder(images, train_augmentations=in_training, test_augmentations=in_test)
+    held_out = {f"{index}.png" for index in split(8, 0.2, 0)}
+    for number in (1, 2):  # the second fit finds the data module as the first did
+        seen = Seen()
+        read.clear()
+        fit(make_model(seed=None), seen, epochs=2, data=data, limit_val_batches=0)
+        assert sorted(seen.training) == sorted(2 * list({f"{index}.png" for index in range(8)} - held_out))
+        assert sorted(read) == sorted([f"good/{name}" for name in seen.training] + 2 * [f"good/{n}" for n in held_out])
+        assert (in_training.images, in_test.images) == (number * 2 * 6, number * 2 * 2)
+        assert len(data.train_data) == 8
+
+
+def test_best_student_is_validated_saved_tested_and_kept(make_model, fit, images):
+    model, steer = make_model(), Steer(0.3, 0.1, 0.5, 0.2)
+    engine = fit(model, steer, Seen(), epochs=4)
+    values = [measurement.value for measurement in model.choice.history]
+    assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
+    assert np.argsort(values).tolist() == [1, 3, 0, 2]
+    assert model.choice.best == model.choice.history[1]
+    assert engine.trainer.callback_metrics["held_out_map"].item() == pytest.approx(values[3])
+
+    checkpoint, best, last = content(engine), steer.student(model, 1), steer.student(model, 3)
+    assert same(model.model.student_model.state_dict(), best)
+    assert same(student_of(checkpoint["state_dict"]), best)
+    choice = checkpoint[CHECKPOINT_KEY]
+    assert same(choice["student"], last)
+    assert {name: choice[name] for name in ("share", "seed", "images", "epoch", "held_out_map")} == {
+        "share": 0.2,
+        "seed": 0,
+        "images": 2,
+        "epoch": 1,
+        "held_out_map": values[1],
+    }
+    assert [value for _, _, value in choice["history"]] == values
+
+    loaded = StfpmExt.load_from_checkpoint(engine.best_model_path, visualizer=False)
+    assert same(loaded.model.student_model.state_dict(), best)
+    # Normalisation and threshold were taken from validation with the student that is kept.
+    statistics = {name: buffer.clone() for name, buffer in loaded.post_processor.named_buffers()}
+    engine.trainer.validate(loaded, datamodule=folder(images), verbose=False)
+    torch.testing.assert_close(dict(loaded.post_processor.named_buffers()), statistics, rtol=0, atol=0, equal_nan=True)
+    by_hand = held_out_map(loaded, images, split(8, 0.2, 0))
+    assert values[1] == pytest.approx(by_hand, rel=1e-6)
+
+
+def held_out_map(model: StfpmExt, images: Path, indices) -> float:
+    """Compute the mean anomaly map of some of the good images, one by one."""
+    data = folder(images)
+    data.setup()
+    pictures = [data.train_data[index].image for index in indices]
+    with torch.no_grad():
+        maps = [model.eval().model(model.pre_processor.transform(image[None])).anomaly_map for image in pictures]
+    return torch.stack(maps).double().mean().item()
+
+
+def test_resumed_run_ends_as_the_unbroken_one(make_model, fit, tmp_path):
+    class Shake(Callback):
+        """Makes the student of epoch 1 worse than that of epoch 0, so that the best is not the one in training."""
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.current_epoch == 1:
+                pl_module.model.student_model.feature_extractor.conv1.weight.data *= -1
+
+    each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    unbroken = content(fit(make_model(), Shake(), each, epochs=4))
+    broken = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert broken[CHECKPOINT_KEY]["epoch"] == 0
+    assert not same(student_of(broken["state_dict"]), broken[CHECKPOINT_KEY]["student"])
+
+    torch.rand(7)
+    model = make_model(seed=3)  # neither this seed nor the random numbers at hand matter
+    resumed = content(fit(model, epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt"))
+    assert same(resumed["state_dict"], unbroken["state_dict"])
+    state, expected = resumed[CHECKPOINT_KEY], unbroken[CHECKPOINT_KEY]
+    assert same(state.pop("student"), expected.pop("student"))
+    assert torch.equal(state.pop("random_state"), expected.pop("random_state"))
+    assert state == expected
+    momenta = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (resumed, unbroken)]
+    assert all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
+
+    for share in (0.4, 0):
+        with pytest.raises(ValueError, match=f"held_out_share: wanted 0.2 as in the checkpoint, got {share}"):
+            fit(make_model(held_out_share=share), ckpt_path=tmp_path / "epoch=1.ckpt")
+
+
+def test_other_data_cannot_be_resumed_with(make_model, fit, images):
+    engine = fit(make_model(), epochs=1)
+    data = folder(images, val_split_mode="from_train", val_split_ratio=0.5)
+    with pytest.raises(ValueError, match="held_out_share: wanted 2 held-out images as in the checkpoint, got 4"):
+        fit(make_model(), data=data, ckpt_path=engine.best_model_path)
+
+
+def test_switched_off_keeps_the_last_student(make_model, fit):
+    model, steer, seen = make_model(held_out_share=0), Steer(0.1, 0.3), Seen()
+    engine = fit(model, steer, seen, epochs=2)
+    checkpoint = content(engine)
+    assert CHECKPOINT_KEY not in checkpoint
+    assert same(student_of(checkpoint["state_dict"]), steer.student(model, 1))
+    assert same(model.model.student_model.state_dict(), steer.student(model, 1))
+    assert sorted(seen.training) == sorted(2 * [f"{index}.png" for index in range(8)])
+    assert "held_out_map" not in engine.trainer.callback_metrics
+
+
+def test_validation_split_from_the_training_images_serves(make_model, fit, images):
+    seen, data = Seen(), folder(images, val_split_mode="from_train", val_split_ratio=0.375)
+    engine = fit(make_model(), seen, epochs=1, data=data)
+    held_out = [int(Path(path).stem) for path in data.val_data.samples.image_path]
+    assert content(engine)[CHECKPOINT_KEY]["images"] == len(held_out) == 3
+    assert sorted(seen.training) == [f"{index}.png" for index in range(8) if index not in held_out]
+    loaded = StfpmExt.load_from_checkpoint(engine.best_model_path, visualizer=False)
+    value = content(engine)[CHECKPOINT_KEY]["held_out_map"]
+    assert value == pytest.approx(held_out_map(loaded, images, held_out), rel=1e-6)
+
+
+@pytest.fixture
+def dataset(images):
+    data = folder(images)
+    data.setup()
+    return data.train_data
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_loader_of_the_users_own(make_model, dataset, shuffle):
+    seen, model = Seen(), make_model()
+    loader = DataLoader(dataset, batch_size=4, shuffle=shuffle, collate_fn=ImageBatch.collate)
+    Trainer(max_epochs=2, callbacks=[seen, Untouched()], enable_checkpointing=False, **QUIET).fit(model, loader)
+    training = [f"{index}.png" for index in sorted(set(range(8)) - set(split(8, 0.2, 0)))]
+    assert sorted(seen.training[:6]) == sorted(seen.training[6:]) == training
+    assert shuffle == (seen.training != training + training)
+    assert len(model.choice.history) == 2
+
+
+def test_loaders_that_cannot_be_split(make_model, dataset):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(dataset)
+
+    collate = {"collate_fn": ImageBatch.collate}
+    loader = DataLoader(dataset, **collate)
+    for loaders, got in (
+        (DataLoader(Stream(), **collate), "the iterable .*Stream"),
+        ([loader, loader], "list"),
+        (DataLoader(dataset, sampler=SubsetRandomSampler([1, 2]), **collate), "SubsetRandomSampler"),
+        (DataLoader(dataset, sampler=SequentialSampler(range(4)), **collate), "a sampler of 4 of 8 images"),
+        (DataLoader(dataset, batch_sampler=BatchSampler(range(8), 4, False), **collate), "batch_sampler"),
+    ):
+        with pytest.raises(ValueError, match=f"held_out_share: wanted .* in one DataLoader.*got .*{got}"):
+            Trainer(max_epochs=1, **QUIET).fit(make_model(), loaders)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "got"),
+    [
+        (-0.1, ValueError, "-0.1"),
+        (1, ValueError, "1"),
+        (float("nan"), ValueError, "nan"),
+        (True, TypeError, "True"),
+        ("0.2", TypeError, "'0.2'"),
+    ],
+)
+def test_bad_shares(share, error, got):
+    with pytest.raises(error, match=f"held_out_share: wanted a share .* and less than 1, got {got}"):
+        StfpmExt(teacher_weights=False, held_out_share=share)
+
+
+def test_data_and_settings_that_leave_nothing_to_choose_by(make_model, fit, images):
+    def reduced(number: int, label: int = 0) -> Folder:
+        data = folder(images)
+        data.setup(TrainerFn.FITTING)
+        data.train_data.samples = data.train_data.samples[:number].assign(label_index=label)
+        return data
+
+    class Sharded(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    wanted = "held_out_share: wanted a share that leaves good images both to hold out and to train on, got"
+    for share, data, message in (
+        (0.2, reduced(1), f"{wanted} 0.2 of 1 good training images"),
+        (0.99, reduced(8), f"{wanted} 0.99 of 8 good training images"),
+        (0.2, reduced(8, label=1), f"{wanted} 0.2 of 0 good training images"),
+        (0.2, reduced(0), "held_out_share: wanted a data module with good training images, got one without images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(make_model(held_out_share=share), data=data)
+    with pytest.raises(ValueError, match=r"held_out_share: wanted a strategy .* such as ddp .*, got .*Sharded"):
+        fit(make_model(), strategy=Sharded(device="cpu"))
+    with pytest.raises(ValueError, match=r"held_out_share: wanted a data set that stays the same.*n_epochs=1"):
+        fit(make_model(), reload_dataloaders_every_n_epochs=1)
+
+
+def test_nan_stops_the_training_and_keeps_the_last_good_student(make_model, fit, images):
+    model, steer = make_model(), Steer(0.1, 0.1)
+    message = r"lr: .*got a loss of nan at step 3, epoch 1, learning rate 0.05.*that of epoch 0"
+    with pytest.raises(FloatingPointError, match=message):
+        fit(model, steer, Seen(broken_epoch=1))
+    assert same(model.model.student_model.state_dict(), steer.student(model, 0))
+
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.model.student_model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match=r"at step 1, epoch 0.*the one that the training began with"):
+        fit(model, Seen(broken_epoch=0))
+    assert same(model.model.student_model.state_dict(), before)
+
+    model, steer = make_model(), Steer(0.1, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"held-out images of nan at step 2, epoch 1.*that of epoch 0"):
+        fit(model, steer, data=folder(images, train_batch_size=8))  # one step in each epoch
+    assert same(model.model.student_model.state_dict(), steer.student(model, 0))
+
+    with pytest.raises(FloatingPointError, match=r"at step 1, epoch 0.*held_out_share is 0, so none"):
+        fit(make_model(held_out_share=0), Seen(broken_epoch=0))
+
+
+def test_early_stopping_and_checkpoints_can_follow_the_held_out_map(make_model, fit, tmp_path):
+    model, steer = make_model(), Steer(0.3, 0.1, 0.5, 0.6, 0.7)
+    best = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="held_out_map")
+    fit(model, steer, best, EarlyStopping("held_out_map", patience=2), epochs=5)
+    assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
+    assert Path(best.best_model_path).name == "epoch=1.ckpt"
+    assert same(model.model.student_model.state_dict(), steer.student(model, 1))
+
+
+def test_learning_rate_finder_goes_before(make_model, fit):
+    model, seen = make_model(), Seen()
+    fit(model, LearningRateFinder(num_training_steps=3), seen, epochs=2)
+    assert [measurement.epoch for measurement in model.choice.history] == [0, 1]
+    assert sorted(seen.training[-12:]) == sorted(2 * [f"{i}.png" for i in set(range(8)) - set(split(8, 0.2, 0))])
+
+
+@pytest.mark.parametrize("validation", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
+def test_checkpoints_that_are_saved_by_the_validation(make_model, fit, validation):
+    model, steer = make_model(), Steer(0.1, 0.3)
+    checkpoint = content(fit(model, steer, epochs=2, **validation))
+    assert same(student_of(checkpoint["state_dict"]), steer.student(model, 0))
+    assert same(checkpoint[CHECKPOINT_KEY]["student"], steer.student(model, 1))
+    steps = [measurement.step for measurement in model.choice.history]
+    assert steps == ([1, 2, 3, 4] if "val_check_interval" in validation else [2, 4])
+
+
+def test_checkpoint_of_an_older_version(make_model, fit, tmp_path):
+    engine = fit(make_model(held_out_share=0), epochs=1)
+    checkpoint = content(engine)
+    del checkpoint["hyper_parameters"]["held_out_share"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    loaded = StfpmExt.load_from_checkpoint(tmp_path / "old.ckpt", visualizer=False)
+    assert same(loaded.state_dict(), checkpoint["state_dict"])
+    with pytest.warns(UserWarning, match="held_out_share: the checkpoint comes from a training that held no images"):
+        fit(loaded, epochs=2, ckpt_path=tmp_path / "old.ckpt")
+    assert [measurement.epoch for measurement in loaded.choice.history] == [1]
+
+
+def test_export_holds_one_student(make_model, fit, tmp_path):
+    model = make_model()
+    fit(model, epochs=1)
+    exported = torch.load(model.to_torch(tmp_path), weights_only=False)["model"]
+    assert same(exported.state_dict(), model.state_dict())
+    assert exported.choice is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 100),
+        ({"max_epochs": 3}, 3),
+        ({"max_epochs": -1}, -1),
+        ({"max_steps": 5}, -1),
+        ({"max_time": "01:00:00:00"}, -1),
+    ],
+)
+def test_hundred_epochs_unless_the_user_says_otherwise(make_model, images, tmp_path, limits, expected):
+    class Stop(Callback):
+        def on_train_start(self, trainer, _pl_module):
+            trainer.should_stop = True
+
+    if "max_epochs" in limits or not limits:
+        engine = Engine([Stop()], default_root_dir=tmp_path, min_epochs=0, **QUIET, **limits)
+        engine.fit(make_model(), datamodule=folder(images))
+        trainer = engine.trainer
+    else:
+        trainer = Trainer(callbacks=[Stop()], default_root_dir=tmp_path, min_epochs=0, **QUIET, **limits)
+        trainer.fit(make_model(), datamodule=folder(images))
+    assert trainer.max_epochs == expected
+
+
+DDP = """
+import json
+import sys
+from pathlib import Path
+
+from anomalib.data import Folder
+from anomalib.data.datasets.base import image as anomalib_dataset
+from anomalib.engine import Engine
+from anomalib_stfpm_ext import StfpmExt
+
+images, weights, output = sys.argv[1:]
+read_image = anomalib_dataset.read_image
+read = []
+anomalib_dataset.read_image = lambda path, **arguments: read.append(Path(path).name) or read_image(path, **arguments)
+data = Folder(name="noise", root=images, normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
+    train_batch_size=2, num_workers=0)
+model = StfpmExt("resnet18", ["layer1", "layer2"], weights, lr=0.05, held_out_share=0.3, seed=0, visualizer=False,
+    pre_processor=StfpmExt.configure_pre_processor((48, 64)))
+engine = Engine(default_root_dir=output, max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+    enable_progress_bar=False, limit_val_batches=0)
+engine.fit(model, datamodule=data)
+result = {"history": model.choice.history, "read": read, "checkpoint": engine.best_model_path,
+    "student": sum(float(tensor.double().sum()) for tensor in model.model.student_model.state_dict().values())}
+Path(output, f"{engine.trainer.global_rank}.json").write_text(json.dumps(result))
+"""
+
+
+def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    command = [sys.executable, script, images, resnet18_weights, tmp_path]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["history"] == second["history"]
+    assert len(first["history"]) == 2
+    assert first["student"] == second["student"]
+    held_out = split(8, 0.3, 0)  # three images, so that the processes' shares differ
+    names = {f"{index}.png" for index in held_out}
+    assert [len([name for name in process["read"] if name in names]) for process in (first, second)] == [2 * 2, 2 * 1]
+    assert {name for process in (first, second) for name in process["read"] if name in names} == names
+
+    loaded = StfpmExt.load_from_checkpoint(first["checkpoint"], visualizer=False)
+    best = min(value for _, _, value in first["history"])
+    assert best == pytest.approx(held_out_map(loaded, images, held_out), rel=1e-6)
