@@ -265,7 +265,8 @@ class ReproduceJob(Job):
             resumed = checkpoint.exists()
             engine.fit(model, datamodule=datamodule, ckpt_path=checkpoint if resumed else None)
             trained = time.perf_counter()
-            # From the checkpoint, which holds the student that the model recommends.
+            chosen = model.choice and model.choice.best
+            # From the checkpoint, which holds the chosen student, also where there was nothing left to train.
             batches = engine.predict(model, datamodule=datamodule, ckpt_path=checkpoint)
         metrics = measure(batches)
         draw_contact_sheet(folder / "contact_sheet.png", batches)
@@ -280,6 +281,7 @@ class ReproduceJob(Job):
                 "good": int((labels == 0).sum()),
                 "defective": int((labels == 1).sum()),
             },
+            "chosen_epoch": chosen and chosen.epoch,
             "resumed": resumed,
             "seconds": {"fit": trained - start, "evaluation": time.perf_counter() - trained},
             "device": _name(engine.trainer.strategy.root_device),

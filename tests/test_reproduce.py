@@ -207,7 +207,9 @@ def test_other_settings_are_an_error(output, mvtec_ad, with_resnet18, tmp_path):
             command(mvtec_ad, output, *with_resnet18, f"--{name}", value)
 
 
-def test_interrupted_training_goes_on(mvtec_ad, small, tmp_path, monkeypatch):
+def test_interrupted_training_goes_on_as_if_it_had_not_been(mvtec_ad, small, tmp_path, monkeypatch):
+    options = [*small, "--categories", "bottle", "--max_epochs", 3]
+    command(mvtec_ad, tmp_path / "whole", *options)
     epochs = []
 
     def interrupt_second_epoch(self):
@@ -216,15 +218,17 @@ def test_interrupted_training_goes_on(mvtec_ad, small, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(StfpmExt, "on_train_epoch_start", interrupt_second_epoch)
-    options = [*small, "--categories", "bottle", "--max_epochs", 3]
     with pytest.raises(SystemExit):
-        command(mvtec_ad, tmp_path, *options)
-    folder = tmp_path / "bottle" / "seed_0"
+        command(mvtec_ad, tmp_path / "parts", *options)
+    folder = tmp_path / "parts" / "bottle" / "seed_0"
     assert [path.name for path in folder.iterdir()] == ["model.ckpt"]
-    command(mvtec_ad, tmp_path, *options)
+    command(mvtec_ad, tmp_path / "parts", *options)
     assert epochs == [0, 1, 1, 2]
-    assert run_of(tmp_path, "bottle", 0)["resumed"]
-    assert torch.load(folder / "model.ckpt", weights_only=True)["epoch"] == 2
+    whole, parts = (run_of(tmp_path / name, "bottle", 0) for name in ("whole", "parts"))
+    assert (whole["resumed"], parts["resumed"]) == (False, True)
+    assert whole["chosen_epoch"] in {0, 1, 2}
+    for name in ("image_AUROC", "pixel_AUROC", "AUPRO", "rescaled_PRO", "chosen_epoch"):
+        assert parts[name] == whole[name]
 
 
 def test_failing_run_leaves_the_others(mvtec_ad, small, tmp_path, caplog):
