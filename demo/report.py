@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from anomalib.data import Folder
@@ -21,8 +20,7 @@ from rich.table import Table
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
-
-PICTURES_PER_ROLE = 8
+from anomalib_stfpm_ext.contact_sheet import PICTURES_PER_ROW, draw_sheet, pick
 
 
 class PartTimer:
@@ -87,34 +85,6 @@ def print_results(scores: torch.Tensor, labels: torch.Tensor, threshold: float, 
     Console().print(table)
 
 
-def pick(scores: torch.Tensor, labels: torch.Tensor, label: int) -> list[int]:
-    """Pick images of one label, evenly spread from the lowest score to the highest: the failures too."""
-    indices = (labels == label).nonzero().flatten()
-    indices = indices[scores[indices].argsort()]
-    return indices[torch.linspace(0, len(indices) - 1, PICTURES_PER_ROLE).round().long()].tolist()
-
-
-def draw_sheet(file: Path, rows: list[tuple[str, list[np.ndarray], list[str]]], **colours: Any) -> None:
-    """Draw rows of pictures with a caption under each.
-
-    Args:
-        file (Path): The PNG file to be written.
-        rows (list[tuple[str, list[np.ndarray], list[str]]]): Title, pictures and captions of each row.
-        colours (Any): How matplotlib shows pictures without colour.
-    """
-    height, width = rows[0][1][0].shape[:2]
-    size = (2 * PICTURES_PER_ROLE, len(rows) * (2 * height / width + 0.4))
-    figure, axes = plt.subplots(len(rows), PICTURES_PER_ROLE, figsize=size)
-    for row_axes, (title, pictures, captions) in zip(axes, rows, strict=True):
-        row_axes[0].set_ylabel(title)
-        for axis, picture, caption in zip(row_axes, pictures, captions, strict=True):
-            axis.imshow(picture, **colours)
-            axis.set(xticks=[], yticks=[], xlabel=caption)
-    figure.tight_layout()
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
-
-
 def main() -> None:
     """Report on the checkpoint given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,7 +123,7 @@ def main() -> None:
         map_rows.append((title, [maps[index].sqrt().numpy() for index in picked], captions))
     draw_sheet(pictures / "contact_sheet.png", overlay_rows)
     draw_sheet(pictures / "heat_maps.png", map_rows, cmap="inferno", vmin=0, vmax=(2 * threshold) ** 0.5)
-    print(f"Overlays of {2 * PICTURES_PER_ROLE} cells, and all of them on one sheet: {pictures / 'contact_sheet.png'}")
+    print(f"Overlays of {2 * PICTURES_PER_ROW} cells, and all of them on one sheet: {pictures / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":
