@@ -93,12 +93,15 @@ def _stream(device: torch.device) -> int:
 def _keep(ctx: Any, inputs: tuple[Tensors, Tensors], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     teacher, student = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # torch would make zeros for the scalars
     ctx.save_for_backward(*teacher, *student, output[1])
 
 
-def _differentiate(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[list[None], Tensors]:
+def _differentiate(ctx: Any, upstream: torch.Tensor | None, _: Any) -> tuple[list[None], Tensors | list[None]]:
     *features, scalars = ctx.saved_tensors
     levels = len(features) // 2
+    if upstream is None:
+        return [None] * levels, [None] * levels
     gradients = torch.ops.anomalib_stfpm_ext.feature_matching_loss_backward.default(
         upstream, features[:levels], features[levels:], scalars
     )

@@ -179,9 +179,7 @@ def core_call(
     )
 
 
-def core_levels(
-    teacher: Sequence[Any], student: Sequence[Any], address: Any, strides: Any
-) -> "list[_core.Level]":
+def core_levels(teacher: Sequence[Any], student: Sequence[Any], address: Any, strides: Any) -> "list[_core.Level]":
     """Describe the features of every level for the functions of ``_core``; see :func:`core_call`."""
     return [
         (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
