@@ -11,7 +11,7 @@ from conftest import PYRAMIDS, make_features
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from anomalib_stfpm_ext import StfpmExtLoss
+from anomalib_stfpm_ext import StfpmExtLoss, _core
 from anomalib_stfpm_ext.loss import formula
 
 OPERATOR = torch.ops.anomalib_stfpm_ext.feature_matching_loss.default
@@ -199,6 +199,27 @@ def test_same_bits_for_any_number_of_threads(memory_format):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+ISA_SCRIPT = """
+import torch
+from anomalib_stfpm_ext import StfpmExtLoss, _core
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        teacher, student = (
+            [torch.randn(2, 67, 13, 9).to(dtype).contiguous(memory_format=memory_format)] for _ in "ts"
+        )
+        loss = StfpmExtLoss()(teacher, [student[0].requires_grad_()])
+        loss.backward()
+        print(_core.selected_isa(), loss.item().hex(), student[0].grad.double().numpy().tobytes().hex())
+"""
+
+
+def test_instruction_sets_agree_to_the_bit(python):
+    outputs = {isa: python(ISA_SCRIPT, STFPM_EXT_ISA=isa).stdout for isa in _core.available_isas}
+    assert all(isa in output for isa, output in outputs.items())
+    assert len({output.replace(isa, "") for isa, output in outputs.items()}) == 1
 
 
 def test_keeps_two_numbers_for_each_position_and_never_waits():

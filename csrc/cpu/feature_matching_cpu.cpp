@@ -13,7 +13,7 @@
 namespace stfpm_ext {
 namespace {
 
-constexpr int64_t kPositionsPerTask = 512;
+constexpr int64_t kPositionsPerTask = 1024;
 
 /// Where the scalars of each level are.
 template <class Real>

@@ -115,29 +115,42 @@ void prefetch_channels(const T* features, int64_t stride, int64_t begin, int64_t
     for (int64_t i = begin; i < end; i += kPerLine) __builtin_prefetch(features + channel * stride + i, 0, 2);
 }
 
-template <class T>
-void add_positions_side_by_side(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
-                                int64_t channels, int64_t count, DotProducts& sums) {
-  for (int64_t i = 0; i < count; ++i) sums.teacher_teacher[i] = sums.student_student[i] = sums.teacher_student[i] = 0;
+template <int kCount>
+struct Lot {
+  static constexpr int count = kCount;
+};
+
+/// Calls `work(Lot<n>, channel, begin, end)` for lots of channels, and for stretches of positions in each, of `count`
+/// that are neighbours in memory.
+template <class T, class Work>
+void for_each_lot(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride, int64_t channels,
+                  int64_t count, const Work& work) {
   constexpr int kLot = 4;
   constexpr int64_t kStretch = 128;
   const int64_t whole_lots = channels - channels % kLot;
   for (int64_t channel = 0; channel < whole_lots; channel += kLot) {
-    const T* const t = teacher + channel * teacher_stride;
-    const T* const s = student + channel * student_stride;
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = count - begin < kStretch ? count : begin + kStretch;
       // So many streams, each of them short, are more than the hardware's own prefetching follows.
       if (channel + kLot < whole_lots) {
-        prefetch_channels<kLot>(t + kLot * teacher_stride, teacher_stride, begin, end);
-        prefetch_channels<kLot>(s + kLot * student_stride, student_stride, begin, end);
+        prefetch_channels<kLot>(teacher + (channel + kLot) * teacher_stride, teacher_stride, begin, end);
+        prefetch_channels<kLot>(student + (channel + kLot) * student_stride, student_stride, begin, end);
       }
-      add_channels<kLot>(t, teacher_stride, s, student_stride, begin, end, sums);
+      work(Lot<kLot>(), channel, begin, end);
     }
   }
-  for (int64_t channel = whole_lots; channel < channels; ++channel)
-    add_channels<1>(teacher + channel * teacher_stride, teacher_stride, student + channel * student_stride,
-                    student_stride, 0, count, sums);
+  for (int64_t channel = whole_lots; channel < channels; ++channel) work(Lot<1>(), channel, int64_t{0}, count);
+}
+
+template <class T>
+void add_positions_side_by_side(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
+                                int64_t channels, int64_t count, DotProducts& sums) {
+  for (int64_t i = 0; i < count; ++i) sums.teacher_teacher[i] = sums.student_student[i] = sums.teacher_student[i] = 0;
+  for_each_lot(teacher, teacher_stride, student, student_stride, channels, count,
+               [&](auto lot, int64_t channel, int64_t begin, int64_t end) {
+                 add_channels<lot.count>(teacher + channel * teacher_stride, teacher_stride,
+                                         student + channel * student_stride, student_stride, begin, end, sums);
+               });
 }
 
 constexpr int64_t kLanes = 16;
@@ -285,13 +298,13 @@ double matching_of(DType dtype, const Level& level, int64_t image, int64_t begin
   return 0;
 }
 
-/// The gradients of kChannels channels of `count` positions, which are neighbours in memory (NCHW).
+/// The gradients of kChannels channels of positions [begin, end), which are neighbours in memory (NCHW).
 template <int kChannels, class T, class Real>
 void channel_gradients(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride, T* gradients,
-                       int64_t gradients_stride, int64_t count, const Real* factors, const Real* projections,
-                       double scale) {
+                       int64_t gradients_stride, int64_t begin, int64_t end, const Real* factors,
+                       const Real* projections, double scale) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const double factor = scale * load(factors[i]), projection = load(projections[i]);
 #pragma GCC unroll 8
     for (int channel = 0; channel < kChannels; ++channel) {
@@ -331,10 +344,13 @@ void level_gradients(const Level& level, const MutableFeatures& target, int64_t 
     const T* const s = student.at(row, column);
     T* const g = gradients.at(row, column);
     if (side_by_side) {
-      for (int64_t channel = 0; channel < level.channels; ++channel)
-        channel_gradients<1>(t + channel * teacher.channel_stride, 0, s + channel * student.channel_stride, 0,
-                             g + channel * gradients.channel_stride, 0, count, factors + position,
-                             projections + position, scale);
+      for_each_lot(t, teacher.channel_stride, s, student.channel_stride, level.channels, count,
+                   [&](auto lot, int64_t channel, int64_t first, int64_t last) {
+                     channel_gradients<lot.count>(t + channel * teacher.channel_stride, teacher.channel_stride,
+                                                  s + channel * student.channel_stride, student.channel_stride,
+                                                  g + channel * gradients.channel_stride, gradients.channel_stride,
+                                                  first, last, factors + position, projections + position, scale);
+                   });
       continue;
     }
     for (int64_t i = 0; i < count; ++i) {
