@@ -8,7 +8,8 @@ CPP_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* tests/cuda_on_threads/
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* autoload/* anomalib_stfpm_ext/*.py*)
 
 FUZZ_SECONDS ?= 600
-SCORER_TESTS := tests/test_scorer.py tests/test_properties.py tests/test_processes.py tests/test_cuda_on_threads.py
+SCORER_TESTS := tests/test_scorer.py tests/test_properties.py tests/test_processes.py tests/test_cuda_on_threads.py \
+	tests/test_loss.py
 
 .PHONY: test demo fuzz sanitize lint format clean
 

@@ -22,9 +22,25 @@ Call: TypeAlias = tuple[
     int,  # address of the scores [batch]
     int,  # address of the level maps [batch, levels, height, width], or 0
 ]
+MatchingCall: TypeAlias = tuple[
+    str,  # dtype
+    Sequence[Level],
+    int,  # batch, at least 1
+    int,  # address of the scalars [2, positions of all levels]: factors, projections
+]
+Gradients: TypeAlias = Sequence[tuple[int, ...]]  # of each level: address, strides [B, C, H, W]
+
+most_partial_sums: int
 
 def selected_isa() -> str: ...
 def anomaly_map(call: Call, num_threads: int) -> None: ...
+def feature_matching(call: MatchingCall, loss: int, num_threads: int) -> None: ...
+def feature_matching_backward(call: MatchingCall, upstream: int, gradients: Gradients, num_threads: int) -> None: ...
 
-# Only where the build has a CUDA scorer. `distances` is the address of room for the distances of all levels.
+# Only where the build has a CUDA scorer. `distances` is the address of room for the distances of all levels,
+# `partial_sums` that of room for `most_partial_sums` float64.
 def anomaly_map_cuda(call: Call, distances: int, device: int, stream: int) -> None: ...
+def feature_matching_cuda(call: MatchingCall, loss: int, partial_sums: int, device: int, stream: int) -> None: ...
+def feature_matching_backward_cuda(
+    call: MatchingCall, upstream: int, gradients: Gradients, device: int, stream: int
+) -> None: ...

@@ -68,9 +68,9 @@ def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
     return any(level.requires_grad for level in (*teacher, *student))
 
 
-def lacks_kernel(device: torch.device) -> bool:
-    """Whether features are on CUDA, or on ROCm, which torch calls so too, and this build has no scorer for it."""
-    return device.type == "cuda" and (not _core.cuda_architectures or torch.version.hip is not None)
+def has_kernel(device: torch.device) -> bool:
+    """Whether this build has kernels of its own for a device; ROCm, which torch calls cuda too, has none."""
+    return device.type == "cpu" or (device.type == "cuda" and bool(_core.cuda_architectures) and not torch.version.hip)
 
 
 def _is_exported_without_operators() -> bool:
@@ -165,7 +165,7 @@ def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
 
 def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
     device = teacher[0].device
-    if lacks_kernel(device):
+    if not has_kernel(device):
         wanted = "features on the CPU, since this build has no CUDA scorer (README: Install)"
         fail(ValueError, "teacher[0]", wanted, device)
     call = scorer.core_call(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride)

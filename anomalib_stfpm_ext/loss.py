@@ -2,11 +2,33 @@
 
 """The training loss of STFPM."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from . import _torch_loss  # noqa: F401  # defines the operator
+from ._torch_op import has_kernel
+from .scorer import OUTPUT_DTYPES, check_features, dtype_name, pair_levels
+
+
+def formula(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
+    """State the loss in torch operations: on any device, differentiable as often as you like, on both sides.
+
+    Args:
+        teacher (Sequence[torch.Tensor]): Features of each level ``(B, C, H, W)``.
+        student (Sequence[torch.Tensor]): Features of the same levels and shapes.
+
+    Returns:
+        torch.Tensor: The loss, a scalar.
+    """
+    dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(teacher[0].dtype)])
+    level_losses = [
+        (F.normalize(t.to(dtype)) - F.normalize(s.to(dtype))).square().sum(dim=1).mean()
+        for t, s in zip(teacher, student, strict=True)
+    ]
+    return torch.stack(level_losses).sum()
 
 
 class StfpmExtLoss(nn.Module):
@@ -20,6 +42,12 @@ class StfpmExtLoss(nn.Module):
     learning rate of 0.4 was chosen. anomalib's ``STFPMLoss`` has the 1/2 and adds the images up instead of averaging
     them: it is B / 2 times this loss, so there the step size depends on the batch size.
 
+    Note:
+        One pass over the features gives the loss, another its gradient; what is kept between them is two numbers for
+        each position. :func:`formula` takes over, slower, where the teacher requires gradients, on devices other than
+        the CPU and CUDA, and on CUDA where the build has no CUDA code. The gradient of the fused loss cannot be
+        differentiated again: that is a ``NotImplementedError``.
+
     Example:
         >>> import torch
         >>> from anomalib_stfpm_ext import StfpmExtLoss
@@ -28,17 +56,39 @@ class StfpmExtLoss(nn.Module):
         tensor(4.)
     """
 
-    def forward(self, teacher: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self,
+        teacher: Mapping[str, torch.Tensor] | Sequence[torch.Tensor],
+        student: Mapping[str, torch.Tensor] | Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         """Compare two feature pyramids.
 
         Args:
-            teacher (Mapping[str, torch.Tensor]): Features by level, each ``(B, C, H, W)``.
-            student (Mapping[str, torch.Tensor]): Features of the same levels and shapes.
+            teacher (Mapping[str, torch.Tensor] | Sequence[torch.Tensor]): Features of 1 to 8 levels, each
+                ``(B, C, H, W)``, in any memory layout; all of one dtype (float32, float64, float16 or bfloat16) and on
+                one device.
+            student (Mapping[str, torch.Tensor] | Sequence[torch.Tensor]): Features of the same levels in the same
+                order, of the same shapes.
 
         Returns:
-            torch.Tensor: The loss, a scalar between 0 and 4 times the number of levels.
+            torch.Tensor: The loss, a scalar between 0 and 4 times the number of levels: float64 for float64 features,
+                otherwise float32.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind, or the dtypes are mixed or not supported.
+            ValueError: If shapes, devices or level names do not fit.
+            RuntimeError: If CUDA fails, or the build holds no code for the device's architecture.
         """
-        level_losses = [
-            (F.normalize(teacher[level]) - F.normalize(student[level])).square().sum(dim=1).mean() for level in teacher
-        ]
-        return torch.stack(level_losses).sum()
+        names, teacher_levels, student_levels = pair_levels(teacher, student)
+        try:
+            differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in teacher_levels)
+            if differentiable or not has_kernel(teacher_levels[0].device):
+                check_features(teacher_levels, student_levels, torch.Tensor)
+                return formula(teacher_levels, student_levels)
+            loss: torch.Tensor = torch.ops.anomalib_stfpm_ext.feature_matching_loss.default(
+                teacher_levels, student_levels
+            )[0]
+        except Exception:
+            check_features(teacher_levels, student_levels, torch.Tensor, names)  # names what it complains of
+            raise
+        return loss

@@ -121,7 +121,7 @@ def anomaly_map(
         >>> amap.shape, score
         ((1, 1, 8, 8), array([2.], dtype=float32))
     """
-    names, teacher_levels, student_levels = _pair_levels(teacher, student)
+    names, teacher_levels, student_levels = pair_levels(teacher, student)
     image_size = check_image_size(image_size)
     options = check_options(weights, combine, level_maps, names)
     torch = sys.modules.get("torch")
@@ -163,14 +163,11 @@ def core_call(
     Returns:
         tuple: The call, for the functions of ``_core``.
     """
-    levels = [
-        (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
-    ]
     amap, score, *level_maps = outputs
     batch, _, height, width = amap.shape
     return (
         dtype_name(teacher[0].dtype),
-        levels,
+        core_levels(teacher, student, address, strides),
         batch,
         height,
         width,
@@ -180,6 +177,13 @@ def core_call(
         address(score),
         address(level_maps[0]) if level_maps else 0,
     )
+
+
+def core_levels(teacher: Sequence[Any], student: Sequence[Any], address: Any, strides: Any) -> "list[_core.Level]":
+    """Describe the features of every level for the functions of ``_core``; see :func:`core_call`."""
+    return [
+        (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
+    ]
 
 
 def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], level_maps: bool) -> list[tuple[int, ...]]:
@@ -321,8 +325,8 @@ def fail(error: type[Exception], argument: str, wanted: object, got: object) -> 
     raise error(msg)
 
 
-def _pair_levels(teacher: Any, student: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return names or indices of the levels, and both sides' features as lists."""
+def pair_levels(teacher: Any, student: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return names or indices of the levels, and both sides' features as lists; raise an error if they do not pair."""
     if isinstance(teacher, Mapping) and isinstance(student, Mapping):
         if list(teacher) != list(student):
             fail(ValueError, "student", f"the teacher's levels {list(teacher)} in this order", list(student))

@@ -11,7 +11,7 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
-from ._torch_op import formula, lacks_kernel
+from ._torch_op import formula, has_kernel
 from .feature_pyramid import Student, Teacher
 from .scorer import anomaly_map, check_options
 
@@ -64,7 +64,7 @@ class StfpmExtModel(nn.Module):
             student = {level: self.tiler.untile(features) for level, features in student.items()}
         if self.training:
             return teacher, student
-        if lacks_kernel(images.device):
+        if images.device.type == "cuda" and not has_kernel(images.device):
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
             options = check_options(None, "product", False, list(teacher))
             amap, score = formula(list(teacher.values()), list(student.values()), image_size, options)

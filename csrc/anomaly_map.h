@@ -25,6 +25,15 @@ struct Features {
   int64_t column_stride;
 };
 
+/// The same, to be written.
+struct MutableFeatures {
+  void* data;
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
 struct Level {
   Features teacher;
   Features student;

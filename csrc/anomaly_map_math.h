@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The mathematics of the scorer, for host and device: the one place where the formulas stand.
-// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/_torch_op.py in plain torch operations.
+// The mathematics of the scorer and the loss, for host and device: the one place where the formulas stand.
+// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/_torch_op.py and loss.py in plain torch
+// operations.
 //
 //   t = T / max(||T||, eps),  s = S / max(||S||, eps)     over the channels, eps = 1e-12
 //   d = 1/2 ||t - s||^2                                   (equation 1 of arXiv 2103.04257)
 //   u = upsample(d)                                       bilinear, half-pixel centres, no antialiasing
 //   M = product of u^w, sum of w u, or maximum of w u     over the levels; the paper: product, w = 1
+//   L = sum of mean of 2 d                                over the levels; over batch and positions
 //
 // d is computed from the dot products T.T, S.S and T.S, in double: a product of two float32 (or narrower) numbers
 // is exact there, so that one pass over the features is enough, nothing overflows, and the cancellation in
@@ -28,18 +30,22 @@ namespace stfpm_ext {
 namespace {
 
 /// a * b + c, fused wherever the instruction set has it. Written out because the build turns contraction off.
-STFPM_EXT_HOST_DEVICE double multiply_add(double a, double b, double c) {
+template <class Real>
+STFPM_EXT_HOST_DEVICE Real multiply_add(Real a, Real b, Real c) {
 #if defined(__FMA__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Real) == sizeof(float)) return ::fmaf(a, b, c);
   return ::fma(a, b, c);
 #else
   return a * b + c;
 #endif
 }
 
-/// 1 / max(||x||, 1e-12), as torch.nn.functional.normalize has it; NaN stays NaN.
+constexpr double kEpsilon = 1e-12;
+
+/// 1 / max(||x||, eps), as torch.nn.functional.normalize has it; NaN stays NaN.
 STFPM_EXT_HOST_DEVICE double inverse_norm(double squared_norm) {
   const double norm = ::sqrt(squared_norm);
-  return 1.0 / (norm < 1e-12 ? 1e-12 : norm);
+  return 1.0 / (norm < kEpsilon ? kEpsilon : norm);
 }
 
 /// d of one position, from T.T, S.S and T.S; exactly 0 where teacher and student are equal.
@@ -49,6 +55,27 @@ STFPM_EXT_HOST_DEVICE double half_squared_distance(double teacher_teacher, doubl
   const double b = inverse_norm(student_student);
   const double distance = 0.5 * (teacher_teacher * a * a + student_student * b * b) - teacher_student * a * b;
   return distance < 0.0 ? 0.0 : distance;
+}
+
+/// A position's part in the loss, 2 d, and what its gradient needs: d(2 d)/dS = factor (T - projection S). In this form
+/// float32 is enough for both, however small or large the norm of one side is.
+struct Matching {
+  double value, factor, projection;
+};
+
+/// With a = 1/max(||T||, eps) and b = 1/max(||S||, eps): d(2 d)/dS = -2 a b (T - (T.S) b^2 S). Below eps, b is a
+/// constant, and it is -2 a b (T - b/a S).
+STFPM_EXT_HOST_DEVICE Matching matching(double teacher_teacher, double student_student, double teacher_student) {
+  const double a = inverse_norm(teacher_teacher);
+  const double b = inverse_norm(student_student);
+  return {2.0 * half_squared_distance(teacher_teacher, student_student, teacher_student), -2.0 * a * b,
+          ::sqrt(student_student) < kEpsilon ? b / a : teacher_student * b * b};
+}
+
+/// One channel of the gradient. The caller has scaled the factor by what is beyond the position.
+template <class Real>
+STFPM_EXT_HOST_DEVICE Real matching_gradient(Real factor, Real projection, Real t, Real s) {
+  return factor * multiply_add(-projection, s, t);
 }
 
 /// The two neighbours of an output pixel along one axis of a level, and their weights.

@@ -15,6 +15,7 @@
 
 #include "anomaly_map.h"
 #include "cpu/dispatch.h"
+#include "feature_matching.h"
 
 namespace py = pybind11;
 using namespace stfpm_ext;
@@ -37,6 +38,21 @@ Combination combination_from(const std::string& name) {
   if (name == "sum") return Combination::kSum;
   if (name == "maximum") return Combination::kMaximum;
   throw std::invalid_argument("combination '" + name + "' is not supported");
+}
+
+/// Fills in all but the weights, and returns the number of levels.
+int read_levels(const std::vector<LevelTuple>& tuples, Level* levels) {
+  if (tuples.empty() || tuples.size() > kMaxLevels) throw std::invalid_argument("1 to 8 levels are supported");
+  for (size_t i = 0; i < tuples.size(); ++i) {
+    const LevelTuple& v = tuples[i];
+    levels[i] = {{reinterpret_cast<const void*>(v[0]), v[5], v[6], v[7], v[8]},
+                 {reinterpret_cast<const void*>(v[1]), v[9], v[10], v[11], v[12]},
+                 v[2],
+                 v[3],
+                 v[4],
+                 1.0};
+  }
+  return static_cast<int>(tuples.size());
 }
 
 /// The bytes from `begin` up to, not including, `end`.
@@ -103,18 +119,9 @@ AnomalyMapParams params_from(const CallTuple& call) {
   AnomalyMapParams params{};
   params.dtype = dtype_from(dtype);
   params.combination = combination_from(combine);
-  if (levels.empty() || levels.size() > kMaxLevels) throw std::invalid_argument("1 to 8 levels are supported");
   if (weights.size() != levels.size()) throw std::invalid_argument("a weight for each level is needed");
-  params.num_levels = static_cast<int>(levels.size());
-  for (size_t i = 0; i < levels.size(); ++i) {
-    const LevelTuple& v = levels[i];
-    params.levels[i] = {{reinterpret_cast<const void*>(v[0]), v[5], v[6], v[7], v[8]},
-                        {reinterpret_cast<const void*>(v[1]), v[9], v[10], v[11], v[12]},
-                        v[2],
-                        v[3],
-                        v[4],
-                        weights[i]};
-  }
+  params.num_levels = read_levels(levels, params.levels);
+  for (size_t i = 0; i < levels.size(); ++i) params.levels[i].weight = weights[i];
   params.batch = batch;
   params.height = height;
   params.width = width;
@@ -130,6 +137,44 @@ void score_on_cpu(const CallTuple& call, int num_threads) {
   without_gil([&] { anomaly_map_cpu(params, num_threads); });
 }
 
+// dtype, levels, batch, address of the scalars
+using MatchingTuple = std::tuple<std::string, std::vector<LevelTuple>, int64_t, uintptr_t>;
+// address and strides of each level's gradients
+using GradientTuples = std::vector<std::array<int64_t, 5>>;
+
+FeatureMatchingParams params_from(const MatchingTuple& call) {
+  const auto& [dtype, levels, batch, scalars] = call;
+  FeatureMatchingParams params{};
+  params.dtype = dtype_from(dtype);
+  params.num_levels = read_levels(levels, params.levels);
+  params.batch = batch;
+  params.scalars = reinterpret_cast<void*>(scalars);
+  return params;
+}
+
+std::array<MutableFeatures, kMaxLevels> gradients_from(const GradientTuples& tuples, int num_levels) {
+  if (tuples.size() != static_cast<size_t>(num_levels))
+    throw std::invalid_argument("gradients of each level are needed");
+  std::array<MutableFeatures, kMaxLevels> gradients{};
+  for (size_t i = 0; i < tuples.size(); ++i)
+    gradients[i] = {reinterpret_cast<void*>(tuples[i][0]), tuples[i][1], tuples[i][2], tuples[i][3], tuples[i][4]};
+  return gradients;
+}
+
+void match_on_cpu(const MatchingTuple& call, uintptr_t loss, int num_threads) {
+  const FeatureMatchingParams params = params_from(call);
+  without_gil([&] { feature_matching_cpu(params, reinterpret_cast<void*>(loss), num_threads); });
+}
+
+void match_backward_on_cpu(const MatchingTuple& call, uintptr_t upstream, const GradientTuples& tuples,
+                           int num_threads) {
+  const FeatureMatchingParams params = params_from(call);
+  const auto gradients = gradients_from(tuples, params.num_levels);
+  without_gil([&] {
+    feature_matching_backward_cpu(params, reinterpret_cast<const void*>(upstream), gradients.data(), num_threads);
+  });
+}
+
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
 constexpr const char* kCudaArchitectures = STFPM_EXT_CUDA_ARCHITECTURES;
 
@@ -137,6 +182,24 @@ void score_on_cuda(const CallTuple& call, uintptr_t distances, int device, uintp
   const AnomalyMapParams params = params_from(call);
   without_gil(
       [&] { anomaly_map_cuda(params, reinterpret_cast<void*>(distances), device, reinterpret_cast<void*>(stream)); });
+}
+
+void match_on_cuda(const MatchingTuple& call, uintptr_t loss, uintptr_t partial_sums, int device, uintptr_t stream) {
+  const FeatureMatchingParams params = params_from(call);
+  without_gil([&] {
+    feature_matching_cuda(params, reinterpret_cast<void*>(loss), reinterpret_cast<double*>(partial_sums), device,
+                          reinterpret_cast<void*>(stream));
+  });
+}
+
+void match_backward_on_cuda(const MatchingTuple& call, uintptr_t upstream, const GradientTuples& tuples, int device,
+                            uintptr_t stream) {
+  const FeatureMatchingParams params = params_from(call);
+  const auto gradients = gradients_from(tuples, params.num_levels);
+  without_gil([&] {
+    feature_matching_backward_cuda(params, reinterpret_cast<const void*>(upstream), gradients.data(), device,
+                                   reinterpret_cast<void*>(stream));
+  });
 }
 #else
 constexpr const char* kCudaArchitectures = "";
@@ -158,8 +221,16 @@ PYBIND11_MODULE(_core, module) {
   module.attr("cuda_architectures") = kCudaArchitectures;
   module.def("selected_isa", [] { return std::string(kernels().isa); });
   module.def("anomaly_map", &score_on_cpu, py::arg("call"), py::arg("num_threads"));
+  module.def("feature_matching", &match_on_cpu, py::arg("call"), py::arg("loss"), py::arg("num_threads"));
+  module.def("feature_matching_backward", &match_backward_on_cpu, py::arg("call"), py::arg("upstream"),
+             py::arg("gradients"), py::arg("num_threads"));
+  module.attr("most_partial_sums") = kMostPartialSums;
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
   module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("distances"), py::arg("device"),
              py::arg("stream"));
+  module.def("feature_matching_cuda", &match_on_cuda, py::arg("call"), py::arg("loss"), py::arg("partial_sums"),
+             py::arg("device"), py::arg("stream"));
+  module.def("feature_matching_backward_cuda", &match_backward_on_cuda, py::arg("call"), py::arg("upstream"),
+             py::arg("gradients"), py::arg("device"), py::arg("stream"));
 #endif
 }

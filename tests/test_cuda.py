@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The scorer on a CUDA device; and, wherever there is an nvcc, what its compiler says of registers and memory.
+"""Scorer and loss on a CUDA device; and, wherever there is an nvcc, what its compiler says of registers and memory.
 
 Needs no anomalib: benchmarks/gpu_session.sh runs it on machines that have torch alone.
 """
@@ -16,9 +16,10 @@ import reference
 import torch
 from conftest import PYRAMIDS, make_features
 
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
+from anomalib_stfpm_ext.loss import formula
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "anomaly_map_cuda.cu"
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 
 
 def on_gpu(test):
@@ -148,14 +149,68 @@ def test_device_other_than_the_current_one():
     assert torch.cuda.current_device() == 0
 
 
+@on_gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_loss_and_gradients_equal_the_formula(dtype, layout):
+    for pyramid in (PYRAMIDS["resnet18"], PYRAMIDS["tf_efficientnet_lite0"], [(7, 11)]):
+        teacher, student = features(pyramid, 3, (97, 130), dtype, layout)
+        results = []
+        for loss, kind in (
+            (StfpmExtLoss(), student[0].dtype),
+            (StfpmExtLoss(), student[0].dtype),
+            (formula, torch.float64),
+        ):
+            levels = [level.to(kind).requires_grad_() for level in student]
+            value = loss([level.to(kind) for level in teacher], levels)
+            results.append([value.detach(), *torch.autograd.grad(value * 1000, levels)])
+        assert all(torch.equal(*pair) for pair in zip(*results[:2], strict=True))
+        tolerance = 1e-12 if dtype == "float64" else 1e-6
+        torch.testing.assert_close(results[0][0].double(), results[2][0], rtol=tolerance, atol=0)
+        for gradient, wanted, level in zip(results[0][1:], results[2][1:], student, strict=True):
+            assert gradient.stride() == level.stride()
+            rounding = max(torch.finfo(gradient.dtype).eps, tolerance)
+            largest = wanted.abs().max().item()
+            torch.testing.assert_close(gradient.double(), wanted, rtol=rounding, atol=2 * tolerance * largest + 1e-7)
+
+
+@on_gpu
+def test_loss_is_two_launches_and_waits_for_nothing():
+    teacher, student = features(PYRAMIDS["resnet18"], 4, (128, 128), memory_format=torch.channels_last)
+    student = [level.requires_grad_() for level in student]
+    expected = torch.autograd.grad(StfpmExtLoss()(teacher, student), student)
+    upstream = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            gradients = torch.autograd.grad(StfpmExtLoss()(teacher, student), student, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 2, kernels
+    assert "feature_matching_kernel" in kernels[0]
+    assert "feature_matching_backward_kernel" in kernels[1]
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(StfpmExtLoss()(teacher, student), student, upstream)
+    upstream.fill_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, 2 * b) for a, b in zip(captured, expected, strict=True))
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_compiler_reports_neither_spills_nor_local_memory(tmp_path):
+@pytest.mark.parametrize(("source", "count"), [("anomaly_map_cuda.cu", 16), ("feature_matching_cuda.cu", 8)])
+def test_compiler_reports_neither_spills_nor_local_memory(tmp_path, source, count):
+    """`count`: of kernels, for all dtypes and combinations, or dtypes and directions."""
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90, 120)]
     command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *targets]
-    command += ['-DSTFPM_EXT_CUDA_ARCHITECTURES=""', "-c", SOURCE, "-o", tmp_path / "anomaly_map_cuda.o"]
+    command += ['-DSTFPM_EXT_CUDA_ARCHITECTURES=""', "-c", SOURCES / source, "-o", tmp_path / "source.o"]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = re.findall(r"Compiling entry function '\w*anomaly_map_kernel\w*' for 'sm_(\d+)'", report)
-    assert len(kernels) == 3 * 16, report  # dtypes and combinations
+    kernels = re.findall(r"Compiling entry function '\w*_kernel\w*' for 'sm_(\d+)'", report)
+    assert len(kernels) == 3 * count, report
     memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(memory) >= len(kernels)
     assert set(memory) == {("0", "0", "0")}, report

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The source of the CUDA scorer, built by the C++ compiler to run on host threads, against the float64 reference.
+"""The CUDA source of scorer and loss, built by the C++ compiler to run on host threads, against float64 references.
 
-It shows that the kernel's indices, barriers, arithmetic and choice of launch are right: `make sanitize` runs it under
+It shows that the kernels' indices, barriers, arithmetic and choice of launch are right: `make sanitize` runs it under
 AddressSanitizer and ThreadSanitizer. It does not show that a GPU runs it: neither resources and alignment, nor the
 device's memory model, nor speed (tests marked `gpu` and benchmarks/gpu_session.sh are for those).
 """
@@ -19,7 +19,8 @@ import reference
 import torch
 from conftest import make_features
 
-from anomalib_stfpm_ext import anomaly_map
+from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext.loss import formula
 
 FOLDER = Path(__file__).parent / "cuda_on_threads"
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -55,6 +56,18 @@ class Params(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("size", ctypes.c_int64 * 2),
         ("outputs", ctypes.c_void_p * 3),
+    )
+
+
+class MatchingParams(ctypes.Structure):
+    """FeatureMatchingParams of csrc/feature_matching.h."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int),
+        ("num_levels", ctypes.c_int),
+        ("levels", Level * 8),
+        ("batch", ctypes.c_int64),
+        ("scalars", ctypes.c_void_p),
     )
 
 
@@ -104,22 +117,70 @@ def score(
     distances = torch.full((batch * positions,), float("nan"), dtype=output_dtype)
     params = Params(DTYPES.index(dtype), COMBINATIONS.index(combine), len(teacher), batch=batch)
     params.size[:] = image_size
-    for index, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        for side, level in ((params.levels[index].teacher, t), (params.levels[index].student, s)):
-            side.data = level.data_ptr()
-            side.strides[:] = level.stride()
-        params.levels[index].shape[:] = t.shape[1:]
+    fill_levels(params, teacher, student)
+    for index in range(len(teacher)):
         params.levels[index].weight = 1.0 if weights is None else weights[index]
     for index, output in enumerate(outputs):
         params.outputs[index] = output.data_ptr()
-    error = ctypes.create_string_buffer(500)
     address = ctypes.c_void_p(distances.data_ptr())
-    failed = library.anomaly_map_on_threads(
-        ctypes.byref(params), address, device, processors, ptx_version, has_image, error, len(error)
-    )
-    if failed:
-        raise RuntimeError(error.value.decode())
+    call(library.anomaly_map_on_threads, params, address, device, processors, ptx_version, has_image)
     return outputs
+
+
+def fill(features, tensor):
+    features.data = tensor.data_ptr()
+    features.strides[:] = tensor.stride()
+
+
+def fill_levels(params, teacher, student):
+    for level, t, s in zip(params.levels, teacher, student, strict=False):
+        fill(level.teacher, t)
+        fill(level.student, s)
+        level.shape[:] = t.shape[1:]
+
+
+def call(function, params, *arguments):
+    error = ctypes.create_string_buffer(500)
+    if function(ctypes.byref(params), *arguments, error, len(error)):
+        raise RuntimeError(error.value.decode())
+
+
+def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, has_image=1):
+    """Loss and gradients, as bindings.cpp calls them on CUDA."""
+    batch, dtype = len(teacher[0]), str(teacher[0].dtype).removeprefix("torch.")
+    options = {"dtype": torch.float64 if dtype == "float64" else torch.float32}
+    loss, upstream = torch.tensor(float("nan"), **options), torch.tensor(upstream, **options)
+    scalars = torch.full((2 * batch * sum(level[0, 0].numel() for level in teacher),), float("nan"), **options)
+    partial_sums = torch.full((_core.most_partial_sums,), float("nan"), dtype=torch.float64)
+    gradients = [torch.full_like(level, float("nan")) for level in student]
+    params = MatchingParams(DTYPES.index(dtype), len(teacher), batch=batch, scalars=scalars.data_ptr())
+    fill_levels(params, teacher, student)
+    targets = (Features * len(gradients))()
+    for target, gradient in zip(targets, gradients, strict=True):
+        fill(target, gradient)
+    made_up = (device, processors, has_image)
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (loss, partial_sums, upstream)]
+    call(library.feature_matching_on_threads, params, *addresses[:2], *made_up)
+    call(library.feature_matching_backward_on_threads, params, addresses[2], targets, *made_up)
+    return loss, gradients
+
+
+def check_match(result, teacher, student, upstream=1.0):
+    """Against the formula in float64; narrower gradients have their own rounding."""
+    loss, gradients = result
+    levels = [level.double().requires_grad_() for level in student]
+    expected = formula([level.double() for level in teacher], levels)
+    tolerance = 1e-12 if loss.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=tolerance, atol=0)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected * upstream, levels), strict=True):
+        largest = wanted.abs().max().item()
+        rounding = max(torch.finfo(gradient.dtype).eps, tolerance)
+        torch.testing.assert_close(
+            gradient.double(),
+            wanted,
+            rtol=rounding,
+            atol=2 * tolerance * largest + 1e-7 * (gradient.dtype == torch.float16),
+        )
 
 
 def tensors(sides, dtype="float32", memory_format=torch.contiguous_format):
@@ -170,28 +231,29 @@ def test_combinations_weights_and_level_maps(library, combine, weights):
     check(outputs, teacher, student, (32, 48), 2e-5, **options)
 
 
+def lay_out(level, layout):
+    """The same values in another memory layout; the first image for both where it is expanded."""
+    if layout == "slice":
+        padded = torch.zeros(level.shape[0] + 1, level.shape[1] + 1, level.shape[2] + 3, level.shape[3] + 3)
+        padded[1:, 1:, 2:-1, 3:] = level
+        return padded[1:, 1:, 2:-1, 3:]
+    if layout == "gaps":  # between rows, so that aligned 16-byte loads of a channel would reach into the next row
+        padded = torch.zeros(*level.shape[:3], level.shape[3] + 2)
+        padded[..., :-2] = level
+        return padded[..., :-2]
+    if layout == "transposed":
+        return level.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded":
+        return level[:1].expand(2, -1, -1, -1)
+    if layout == "mixed":
+        return level.contiguous(memory_format=torch.channels_last)
+    return torch.zeros(level.numel() + 1)[1:].view(level.shape).copy_(level)
+
+
 @pytest.mark.parametrize("layout", ["slice", "gaps", "transposed", "expanded", "mixed", "unaligned"])
 def test_any_memory_layout(library, layout):
     teacher, student = tensors(make_features([(16, 4)], 2, (48, 72)))
-    if layout == "slice":
-        padded = torch.zeros(3, 17, 15, 21)
-        padded[1:, 1:, 2:-1, 3:] = teacher[0]
-        teacher = [padded[1:, 1:, 2:-1, 3:]]
-    elif (
-        layout == "gaps"
-    ):  # after each row, where 16-byte loads of a channel would be aligned, but reach into the next row
-        padded = torch.zeros(2, 16, 12, 20)
-        padded[..., :18] = teacher[0]
-        teacher = [padded[..., :18]]
-    elif layout == "transposed":
-        teacher = [teacher[0].transpose(2, 3).contiguous().transpose(2, 3)]
-    elif layout == "expanded":
-        teacher = [teacher[0][:1].expand(2, -1, -1, -1)]
-    elif layout == "mixed":
-        teacher = [teacher[0].contiguous(memory_format=torch.channels_last)]
-    else:
-        memory = torch.zeros(teacher[0].numel() + 1)[1:]
-        teacher = [memory.view(teacher[0].shape).copy_(teacher[0])]
+    teacher = [lay_out(teacher[0], layout)]
     check(score(library, teacher, student, (48, 72)), teacher, student, (48, 72))
 
 
@@ -234,3 +296,55 @@ def test_errors(library):
     score(library, teacher, student, (8, 8), device=1)  # not the current one, which stays so: the library checks that
     empty = [torch.zeros(0, 8, 2, 2)]
     assert [tuple(output.shape) for output in score(library, empty, empty, (8, 8))] == [(0, 1, 8, 8), (0,)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_and_gradients(library, dtype, layout):
+    """Levels that 16-byte loads reach, and one that they do not."""
+    sides = make_features([(24, 4), (40, 8)], 2, (64, 72))
+    odd = make_features([(7, 11)], 2, (64, 72), seed=1)
+    teacher, student = tensors([a + b for a, b in zip(sides, odd, strict=True)], dtype, layout)
+    for upstream in (1.0, -70.0):
+        result = match(library, teacher, student, upstream)
+        check_match(result, teacher, student, upstream)
+    again = match(library, teacher, student, upstream)
+    assert all(torch.equal(*pair) for pair in zip([again[0], *again[1]], [result[0], *result[1]], strict=True))
+
+
+def test_loss_of_levels_of_any_size(library):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 1, 1, 1), (2, 3, 16, 16), (2, 17, 40, 9), (2, 5, 1, 30), (2, 2, 30, 1), (2, 9, 64, 33)]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        teacher, student = tensors([[rng.standard_normal(shape) for shape in shapes] for _ in "ts"], "float32", layout)
+        check_match(match(library, teacher, student), teacher, student)
+
+
+@pytest.mark.parametrize("layout", ["slice", "transposed", "expanded", "mixed", "unaligned"])
+def test_loss_of_any_memory_layout(library, layout):
+    teacher, student = tensors(make_features([(16, 4)], 2, (48, 64)))
+    laid_out = lay_out(student[0], layout)
+    check_match(match(library, teacher, [laid_out]), teacher, [laid_out])
+    laid_out = lay_out(teacher[0], layout)
+    check_match(match(library, [laid_out], student), [laid_out], student)
+
+
+def test_loss_of_zero_vectors_and_few_and_many_processors(library):
+    teacher, student = tensors(make_features([(8, 4)], 3, (32, 32)))
+    student[0][0, :, :2] = 0
+    teacher[0][0, :, 1:3] = 0
+    expected = match(library, teacher, student)
+    check_match(expected, teacher, student)
+    for processors in (1, 7):
+        loss, gradients = match(library, teacher, student, processors=processors)
+        assert loss.item() == pytest.approx(expected[0].item(), rel=1e-7)
+        assert torch.equal(gradients[0], expected[1][0])
+
+
+def test_loss_errors(library):
+    teacher, student = tensors(make_features([(8, 4)], 1, (8, 8)))
+    with pytest.raises(RuntimeError, match=r"compute capability 8[.]0, and this build holds CUDA code for 80, 90 only"):
+        match(library, teacher, student, has_image=0)
+    with pytest.raises(RuntimeError, match="CUDA: device 5: invalid device"):
+        match(library, teacher, student, device=5)
+    match(library, teacher, student, device=1)  # not the current one, which stays so: the library checks that

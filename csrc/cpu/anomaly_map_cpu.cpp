@@ -7,45 +7,18 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "../anomaly_map.h"
 #include "../anomaly_map_math.h"
 #include "dispatch.h"
+#include "tasks.h"
 #include "team.h"
 
 namespace stfpm_ext {
 namespace {
 
 constexpr int64_t kRowsPerTask = 32;
-// Another thread costs some microseconds, in which a core reads about this much.
-constexpr int64_t kBytesPerThread = 256 * 1024;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/// Tasks 0 to `count` - 1, taken by whichever thread is free.
-class TaskQueue {
- public:
-  explicit TaskQueue(int64_t count) : count_(count) {}
-
-  template <class Task>
-  void work(const Task& task) {
-    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
-      task(index);
-      done_.fetch_add(1, std::memory_order_release);
-    }
-  }
-
-  /// Returns once every task is done. Tasks still under way are with running threads, so the wait is short.
-  void wait() const {
-    while (done_.load(std::memory_order_acquire) < count_) std::this_thread::yield();
-  }
-
- private:
-  const int64_t count_;
-  std::atomic<int64_t> next_{0}, done_{0};
-};
 
 /// Source columns of a level for every column of the map.
 template <class Real>
@@ -82,12 +55,6 @@ int64_t positions_per_task(const AnomalyMapParams& params, int num_threads) {
   return size;
 }
 
-/// A stretch of one image's positions at one level.
-struct DistanceTask {
-  int level;
-  int64_t image, begin, end;
-};
-
 template <class Real>
 void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   const Kernels& kernel = kernels();
@@ -96,8 +63,6 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   tables.reserve(static_cast<size_t>(params.num_levels));
   std::vector<Columns> columns;
   std::vector<int64_t> level_offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
-  std::vector<DistanceTask> distance_tasks;
-  int64_t features = 0;
   const int64_t pixels = params.height * params.width;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
@@ -105,17 +70,12 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     tables.emplace_back(level.width, params.width);
     columns.push_back(tables.back().columns());
     level_offset.push_back(level_offset.back() + params.batch * positions);
-    features += 2 * params.batch * positions * level.channels;
   }
-  const int64_t bytes = features * feature_bytes(params.dtype) + params.batch * pixels * pixel_bytes(params.dtype);
-  num_threads = static_cast<int>(std::clamp<int64_t>(ceil_div(bytes, kBytesPerThread), 1, std::max(num_threads, 1)));
-  const int64_t task_size = positions_per_task(params, num_threads);
-  for (int64_t image = 0; image < params.batch; ++image)
-    for (int index = params.num_levels - 1; index >= 0; --index) {  // coarse levels first: the largest tasks
-      const int64_t positions = params.levels[index].height * params.levels[index].width;
-      for (int64_t begin = 0; begin < positions; begin += task_size)
-        distance_tasks.push_back({index, image, begin, std::min(begin + task_size, positions)});
-    }
+  const int64_t bytes = bytes_of_features(params.levels, params.num_levels, params.batch, params.dtype) +
+                        params.batch * pixels * pixel_bytes(params.dtype);
+  num_threads = threads_for(bytes, num_threads);
+  const std::vector<PositionTask> distance_tasks =
+      position_tasks(params.levels, params.num_levels, params.batch, positions_per_task(params, num_threads));
   const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back() + kRowPadding)]);
   const auto distance_map = [&](int level, int64_t image) {
     return distances.get() + level_offset[static_cast<size_t>(level)] +
@@ -135,7 +95,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
   run_team(num_threads, [&] {
     Real* const scratch = all_scratch.get() + next_member.fetch_add(1) * scratch_size;
     distance_queue.work([&](int64_t index) {
-      const DistanceTask& task = distance_tasks[static_cast<size_t>(index)];
+      const PositionTask& task = distance_tasks[static_cast<size_t>(index)];
       kernel.distances(params.dtype, params.levels[task.level], task.image, task.begin, task.end,
                        distance_map(task.level, task.image));
     });

@@ -38,19 +38,47 @@ inline double load(Half value) {
   return static_cast<double>(value.bits & 0x8000u ? -unsigned_value : unsigned_value);
 }
 
-/// Features of one image with the element type known.
+inline void store(double value, float& target) { target = static_cast<float>(value); }
+inline void store(double value, double& target) { target = value; }
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+/// Rounds to the nearest, ties to even; NaN stays NaN.
+inline void store(double value, BFloat16& target) {
+  const uint32_t bits = bits_of(static_cast<float>(value));
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  target.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+/// Likewise. A half's fraction is what is left of a float's when a number is added to it whose last place is the
+/// half's: 2^13 times the power of two of a normal half, and 0.5, whose last place is 2^-24, for the subnormal ones.
+inline void store(double value, Half& target) {
+  const uint32_t bits = bits_of(static_cast<float>(value)), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const uint32_t subnormal = bits_of(float_from_bits(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t half = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= (143u << 23) ? 0x7c00u : finite;
+  target.bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
+}
+
+/// Features of one image with the element type known: const where they are read.
 template <class T>
 struct Plane {
-  const T* data;
+  T* data;
   int64_t channel_stride, row_stride, column_stride;
 
-  Plane(const Features& features, int64_t image)
-      : data(static_cast<const T*>(features.data) + image * features.batch_stride),
+  template <class AnyFeatures>
+  Plane(const AnyFeatures& features, int64_t image)
+      : data(static_cast<T*>(features.data) + image * features.batch_stride),
         channel_stride(features.channel_stride),
         row_stride(features.row_stride),
         column_stride(features.column_stride) {}
 
-  const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+  T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
 /// The dot products of up to kTile positions.
@@ -87,29 +115,42 @@ void prefetch_channels(const T* features, int64_t stride, int64_t begin, int64_t
     for (int64_t i = begin; i < end; i += kPerLine) __builtin_prefetch(features + channel * stride + i, 0, 2);
 }
 
-template <class T>
-void add_positions_side_by_side(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
-                                int64_t channels, int64_t count, DotProducts& sums) {
-  for (int64_t i = 0; i < count; ++i) sums.teacher_teacher[i] = sums.student_student[i] = sums.teacher_student[i] = 0;
+template <int kCount>
+struct Lot {
+  static constexpr int count = kCount;
+};
+
+/// Calls `work(Lot<n>, channel, begin, end)` for lots of channels, and for stretches of positions in each, of `count`
+/// that are neighbours in memory.
+template <class T, class Work>
+void for_each_lot(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride, int64_t channels,
+                  int64_t count, const Work& work) {
   constexpr int kLot = 4;
   constexpr int64_t kStretch = 128;
   const int64_t whole_lots = channels - channels % kLot;
   for (int64_t channel = 0; channel < whole_lots; channel += kLot) {
-    const T* const t = teacher + channel * teacher_stride;
-    const T* const s = student + channel * student_stride;
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = count - begin < kStretch ? count : begin + kStretch;
       // So many streams, each of them short, are more than the hardware's own prefetching follows.
       if (channel + kLot < whole_lots) {
-        prefetch_channels<kLot>(t + kLot * teacher_stride, teacher_stride, begin, end);
-        prefetch_channels<kLot>(s + kLot * student_stride, student_stride, begin, end);
+        prefetch_channels<kLot>(teacher + (channel + kLot) * teacher_stride, teacher_stride, begin, end);
+        prefetch_channels<kLot>(student + (channel + kLot) * student_stride, student_stride, begin, end);
       }
-      add_channels<kLot>(t, teacher_stride, s, student_stride, begin, end, sums);
+      work(Lot<kLot>(), channel, begin, end);
     }
   }
-  for (int64_t channel = whole_lots; channel < channels; ++channel)
-    add_channels<1>(teacher + channel * teacher_stride, teacher_stride, student + channel * student_stride,
-                    student_stride, 0, count, sums);
+  for (int64_t channel = whole_lots; channel < channels; ++channel) work(Lot<1>(), channel, int64_t{0}, count);
+}
+
+template <class T>
+void add_positions_side_by_side(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
+                                int64_t channels, int64_t count, DotProducts& sums) {
+  for (int64_t i = 0; i < count; ++i) sums.teacher_teacher[i] = sums.student_student[i] = sums.teacher_student[i] = 0;
+  for_each_lot(teacher, teacher_stride, student, student_stride, channels, count,
+               [&](auto lot, int64_t channel, int64_t begin, int64_t end) {
+                 add_channels<lot.count>(teacher + channel * teacher_stride, teacher_stride,
+                                         student + channel * student_stride, student_stride, begin, end, sums);
+               });
 }
 
 constexpr int64_t kLanes = 16;
@@ -161,16 +202,20 @@ void add_one_position(const T* teacher, int64_t teacher_stride, const T* student
 }
 
 /// Whether the positions of a row, or even of the whole level, are neighbours in memory.
-bool columns_adjacent(const Level& level, const Features& features) {
+template <class AnyFeatures>
+bool columns_adjacent(const Level& level, const AnyFeatures& features) {
   return level.width == 1 || features.column_stride == 1;
 }
-bool rows_adjacent(const Level& level, const Features& features) {
+template <class AnyFeatures>
+bool rows_adjacent(const Level& level, const AnyFeatures& features) {
   return level.height == 1 || features.row_stride == level.width;
 }
 
-template <class T, class Real>
-void level_distances(const Level& level, int64_t image, int64_t begin, int64_t end, Real* distances) {
-  const Plane<T> teacher(level.teacher, image), student(level.student, image);
+/// Sums up the dot products of positions [begin, end), kTile of them at most, of one row unless all rows are adjacent;
+/// `use(position, count, sums)` gets them.
+template <class T, class Use>
+void dot_products(const Level& level, int64_t image, int64_t begin, int64_t end, const Use& use) {
+  const Plane<const T> teacher(level.teacher, image), student(level.student, image);
   const bool side_by_side = columns_adjacent(level, level.teacher) && columns_adjacent(level, level.student);
   const bool whole_level = rows_adjacent(level, level.teacher) && rows_adjacent(level, level.student);
   DotProducts sums;
@@ -190,11 +235,18 @@ void level_distances(const Level& level, int64_t image, int64_t begin, int64_t e
         add_one_position(t + i * teacher.column_stride, teacher.channel_stride, s + i * student.column_stride,
                          student.channel_stride, level.channels, i, sums);
     }
+    use(position, count, sums);
+  }
+}
+
+template <class T, class Real>
+void level_distances(const Level& level, int64_t image, int64_t begin, int64_t end, Real* distances) {
+  dot_products<T>(level, image, begin, end, [&](int64_t position, int64_t count, const DotProducts& sums) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i)
       distances[position + i] = static_cast<Real>(
           half_squared_distance(sums.teacher_teacher[i], sums.student_student[i], sums.teacher_student[i]));
-  }
+  });
 }
 
 void distances_of(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* distances) {
@@ -207,6 +259,129 @@ void distances_of(DType dtype, const Level& level, int64_t image, int64_t begin,
       return level_distances<Half>(level, image, begin, end, static_cast<float*>(distances));
     case DType::kBFloat16:
       return level_distances<BFloat16>(level, image, begin, end, static_cast<float*>(distances));
+  }
+}
+
+template <class T, class Real>
+double level_matching(const Level& level, int64_t image, int64_t begin, int64_t end, Real* factors, Real* projections) {
+  double sum = 0;
+  dot_products<T>(level, image, begin, end, [&](int64_t position, int64_t count, const DotProducts& sums) {
+    double values[kTile];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const Matching one = matching(sums.teacher_teacher[i], sums.student_student[i], sums.teacher_student[i]);
+      values[i] = one.value;
+      factors[position + i] = static_cast<Real>(one.factor);
+      projections[position + i] = static_cast<Real>(one.projection);
+    }
+    for (int64_t i = 0; i < count; ++i) sum += values[i];  // in this order, for every vector width
+  });
+  return sum;
+}
+
+double matching_of(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* factors,
+                   void* projections) {
+  const auto run = [&](auto element, auto real) {
+    return level_matching<decltype(element)>(level, image, begin, end, static_cast<decltype(real)*>(factors),
+                                             static_cast<decltype(real)*>(projections));
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return run(float(), float());
+    case DType::kFloat64:
+      return run(double(), double());
+    case DType::kFloat16:
+      return run(Half(), float());
+    case DType::kBFloat16:
+      return run(BFloat16(), float());
+  }
+  return 0;
+}
+
+/// The gradients of kChannels channels of positions [begin, end), which are neighbours in memory (NCHW).
+template <int kChannels, class T, class Real>
+void channel_gradients(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride, T* gradients,
+                       int64_t gradients_stride, int64_t begin, int64_t end, const Real* factors,
+                       const Real* projections, double scale) {
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    const double factor = scale * load(factors[i]), projection = load(projections[i]);
+#pragma GCC unroll 8
+    for (int channel = 0; channel < kChannels; ++channel) {
+      const double t = load(teacher[channel * teacher_stride + i]), s = load(student[channel * student_stride + i]);
+      store(matching_gradient(factor, projection, t, s), gradients[channel * gradients_stride + i]);
+    }
+  }
+}
+
+/// The gradients of one position, whose channels lie `stride` apart (1: channels_last).
+template <class T>
+void position_gradients(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
+                        T* gradients, int64_t gradients_stride, int64_t channels, double factor, double projection) {
+#pragma omp simd
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    const double t = load(teacher[channel * teacher_stride]), s = load(student[channel * student_stride]);
+    store(matching_gradient(factor, projection, t, s), gradients[channel * gradients_stride]);
+  }
+}
+
+template <class T, class Real>
+void level_gradients(const Level& level, const MutableFeatures& target, int64_t image, int64_t begin, int64_t end,
+                     const Real* factors, const Real* projections, double scale) {
+  const Plane<const T> teacher(level.teacher, image), student(level.student, image);
+  const Plane<T> gradients(target, image);
+  const bool side_by_side = columns_adjacent(level, level.teacher) && columns_adjacent(level, level.student) &&
+                            columns_adjacent(level, target);
+  const bool whole_level =
+      rows_adjacent(level, level.teacher) && rows_adjacent(level, level.student) && rows_adjacent(level, target);
+  const bool channels_last =
+      teacher.channel_stride == 1 && student.channel_stride == 1 && gradients.channel_stride == 1;
+  for (int64_t position = begin, count; position < end; position += count) {
+    const int64_t row = position / level.width, column = position % level.width;
+    count = end - position;
+    if (!(side_by_side && whole_level) && count > level.width - column) count = level.width - column;
+    const T* const t = teacher.at(row, column);
+    const T* const s = student.at(row, column);
+    T* const g = gradients.at(row, column);
+    if (side_by_side) {
+      for_each_lot(t, teacher.channel_stride, s, student.channel_stride, level.channels, count,
+                   [&](auto lot, int64_t channel, int64_t first, int64_t last) {
+                     channel_gradients<lot.count>(t + channel * teacher.channel_stride, teacher.channel_stride,
+                                                  s + channel * student.channel_stride, student.channel_stride,
+                                                  g + channel * gradients.channel_stride, gradients.channel_stride,
+                                                  first, last, factors + position, projections + position, scale);
+                   });
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const double factor = scale * load(factors[position + i]), projection = load(projections[position + i]);
+      const T* const one_t = t + i * teacher.column_stride;
+      const T* const one_s = s + i * student.column_stride;
+      T* const one_g = g + i * gradients.column_stride;
+      if (channels_last)
+        position_gradients(one_t, 1, one_s, 1, one_g, 1, level.channels, factor, projection);
+      else
+        position_gradients(one_t, teacher.channel_stride, one_s, student.channel_stride, one_g,
+                           gradients.channel_stride, level.channels, factor, projection);
+    }
+  }
+}
+
+void matching_gradients_of(DType dtype, const Level& level, const MutableFeatures& gradients, int64_t image,
+                           int64_t begin, int64_t end, const void* factors, const void* projections, double scale) {
+  const auto run = [&](auto element, auto real) {
+    level_gradients<decltype(element)>(level, gradients, image, begin, end, static_cast<const decltype(real)*>(factors),
+                                       static_cast<const decltype(real)*>(projections), scale);
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return run(float(), float());
+    case DType::kFloat64:
+      return run(double(), double());
+    case DType::kFloat16:
+      return run(Half(), float());
+    case DType::kBFloat16:
+      return run(BFloat16(), float());
   }
 }
 
@@ -364,6 +539,7 @@ double rows_of(const AnomalyMapParams& params, const void* const* distances, con
 #define STFPM_EXT_STRING(a) STFPM_EXT_STRING_(a)
 
 extern const Kernels STFPM_EXT_CONCAT(kernels_, STFPM_EXT_ISA);
-const Kernels STFPM_EXT_CONCAT(kernels_, STFPM_EXT_ISA) = {STFPM_EXT_STRING(STFPM_EXT_ISA), distances_of, rows_of};
+const Kernels STFPM_EXT_CONCAT(kernels_, STFPM_EXT_ISA) = {STFPM_EXT_STRING(STFPM_EXT_ISA), distances_of, rows_of,
+                                                           matching_of, matching_gradients_of};
 
 }  // namespace stfpm_ext

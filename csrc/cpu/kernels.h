@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../anomaly_map.h"
+#include "../feature_matching.h"
 
 namespace stfpm_ext {
 
@@ -36,6 +37,16 @@ struct Kernels {
   /// Reals.
   double (*rows)(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
                  int64_t begin, int64_t end, void* scratch);
+
+  /// Writes the factors and projections (Real) of positions [begin, end) of one level, row-major, and returns the sum
+  /// of their values (Matching in anomaly_map_math.h).
+  double (*matching)(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* factors,
+                     void* projections);
+
+  /// Writes the gradients of positions [begin, end) of one level, from the factors, which it multiplies by `scale`, and
+  /// projections (Real) of the image.
+  void (*matching_gradients)(DType dtype, const Level& level, const MutableFeatures& gradients, int64_t image,
+                             int64_t begin, int64_t end, const void* factors, const void* projections, double scale);
 };
 
 }  // namespace stfpm_ext

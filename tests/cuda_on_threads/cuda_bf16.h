@@ -17,3 +17,11 @@ inline float __bfloat162float(__nv_bfloat16 value) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 }
+
+/// Rounds to the nearest, ties to even.
+inline __nv_bfloat16 __float2bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}

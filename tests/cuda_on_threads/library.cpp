@@ -6,16 +6,42 @@
 #include <exception>
 
 #include "../../csrc/cuda/anomaly_map_cuda.cu"
+#include "../../csrc/cuda/feature_matching_cuda.cu"
 
-/// Runs the scorer on a device that is made up; returns 0, or 1 and the error's text.
-extern "C" int anomaly_map_on_threads(const stfpm_ext::AnomalyMapParams* params, void* distances, int device,
-                                      int processors, int ptx_version, int has_image, char* error, size_t error_size) {
-  cuda_on_threads::device = {processors, ptx_version, has_image != 0, 0};
+namespace {
+
+/// Runs `work` on a device that is made up; returns 0, or 1 and the error's text.
+template <class Work>
+int run(const cuda_on_threads::Device& device, char* error, size_t error_size, const Work& work) {
+  cuda_on_threads::device = device;
   try {
-    stfpm_ext::anomaly_map_cuda(*params, distances, device, nullptr);
+    work();
   } catch (const std::exception& exception) {
     std::snprintf(error, error_size, "%s", exception.what());
     return 1;
   }
   return cuda_on_threads::device.current == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+extern "C" int anomaly_map_on_threads(const stfpm_ext::AnomalyMapParams* params, void* distances, int device,
+                                      int processors, int ptx_version, int has_image, char* error, size_t error_size) {
+  return run({processors, ptx_version, has_image != 0, 0}, error, error_size,
+             [&] { stfpm_ext::anomaly_map_cuda(*params, distances, device, nullptr); });
+}
+
+extern "C" int feature_matching_on_threads(const stfpm_ext::FeatureMatchingParams* params, void* loss,
+                                           double* partial_sums, int device, int processors, int has_image, char* error,
+                                           size_t error_size) {
+  return run({processors, 80, has_image != 0, 0}, error, error_size,
+             [&] { stfpm_ext::feature_matching_cuda(*params, loss, partial_sums, device, nullptr); });
+}
+
+extern "C" int feature_matching_backward_on_threads(const stfpm_ext::FeatureMatchingParams* params,
+                                                    const void* upstream, const stfpm_ext::MutableFeatures* gradients,
+                                                    int device, int processors, int has_image, char* error,
+                                                    size_t error_size) {
+  return run({processors, 80, has_image != 0, 0}, error, error_size,
+             [&] { stfpm_ext::feature_matching_backward_cuda(*params, upstream, gradients, device, nullptr); });
 }

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the scorer and the loss share on CUDA: how tiles of positions are read, their dot products, and launches.
+
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../anomaly_map.h"
+#include "../anomaly_map_math.h"
+
+namespace stfpm_ext {
+namespace {
+
+#ifndef STFPM_EXT_CUDA_THREADS
+#define STFPM_EXT_CUDA_THREADS 256
+#endif
+#ifndef STFPM_EXT_SHARED  // tests/cuda_on_threads has its own
+#define STFPM_EXT_SHARED(Type, name) __shared__ Type name
+#endif
+
+constexpr int kThreads = STFPM_EXT_CUDA_THREADS;  // of a block
+constexpr int kBlocksPerProcessor = 2;            // enough loads in flight, with 128 registers for each thread
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kLineLanes = 8;  // lanes that read a line of 128 bytes, 16 bytes each
+
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+/// How a level's features lie in memory, and so which way of reading them is coalesced.
+enum class Layout {
+  kPlanes,        // positions of a channel are neighbours, and 16-byte loads are aligned
+  kChannelsLast,  // channels of a position are neighbours, and 16-byte loads are aligned
+  kStrided,       // anything else
+};
+
+__device__ double to_double(float value) { return value; }
+__device__ double to_double(double value) { return value; }
+__device__ double to_double(__half value) { return __half2float(value); }
+__device__ double to_double(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+/// 1 value, or as many as 16 bytes hold, by one load. Each feature is read once: it need not stay in the caches.
+template <int kCount, class T>
+__device__ void load(const T* source, T (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = *source;
+  } else {
+    static_assert(kCount * sizeof(T) == sizeof(uint4));
+    const uint4 bytes = __ldcs(reinterpret_cast<const uint4*>(source));
+    memcpy(values, &bytes, sizeof bytes);
+  }
+}
+
+/// The three dot products of one position.
+struct DotProducts {
+  double teacher_teacher, student_student, teacher_student;
+
+  __device__ void add(double t, double s) {
+    teacher_teacher = multiply_add(t, t, teacher_teacher);
+    student_student = multiply_add(s, s, student_student);
+    teacher_student = multiply_add(t, s, teacher_student);
+  }
+  __device__ void add(const DotProducts& other) {
+    teacher_teacher += other.teacher_teacher;
+    student_student += other.student_student;
+    teacher_student += other.teacher_student;
+  }
+  /// Adds those of the lane whose number differs in one bit; both get the sum.
+  __device__ void add_lane(int lane_bit) {
+    teacher_teacher += __shfl_xor_sync(0xffffffffu, teacher_teacher, lane_bit);
+    student_student += __shfl_xor_sync(0xffffffffu, student_student, lane_bit);
+    teacher_student += __shfl_xor_sync(0xffffffffu, teacher_student, lane_bit);
+  }
+};
+
+/// Positions of a tile when a lane reads kVector of them at once.
+template <int kVector>
+constexpr int kPlaneTile = kVector == 1 ? kWarp : kLineLanes * kVector;
+constexpr int kChannelsLastTile = kThreads / kLineLanes;
+constexpr int kMostPositions = kPlaneTile<8>;
+
+using PartialDotProducts = DotProducts[kWarps][kMostPositions];
+
+/// How the positions of all levels are cut into tiles, and how each level is read.
+struct Tiling {
+  Layout layout[kMaxLevels];
+  int64_t tiles[kMaxLevels];  // of one image at each level
+  int64_t tiles_per_image;
+  int64_t positions;           // of all levels and images
+  int64_t offset[kMaxLevels];  // of each level's positions [B, H, W] in memory that holds those of all
+};
+
+struct Tile {
+  int level;
+  int64_t index;
+};
+
+/// Tile `index` of an image.
+__device__ Tile tile_of(const Tiling& tiling, int num_levels, int64_t index) {
+  int level = num_levels - 1;  // the coarse levels first: theirs are the largest tiles
+  for (; index >= tiling.tiles[level]; --level) index -= tiling.tiles[level];
+  return {level, index};
+}
+
+/// Where the channels of a position begin.
+template <class T, class AnyFeatures>
+__device__ T* channels_of(const AnyFeatures& features, const Level& level, int64_t image, int64_t position) {
+  const int64_t row = position / level.width, column = position % level.width;
+  return static_cast<T*>(features.data) + image * features.batch_stride + row * features.row_stride +
+         column * features.column_stride;
+}
+
+/// Dot products of a tile of positions: lanes side by side read neighbouring positions, and the rest of the block's
+/// threads other channels, whose sums meet first in the warp and then in shared memory. One thread calls
+/// `use(position, sum)` for each position.
+template <int kVector, class T, class Use>
+__device__ void dot_products_of_planes(const Level& level, int64_t image, int64_t first, PartialDotProducts& partial,
+                                       const Use& use) {
+  constexpr int kTile = kPlaneTile<kVector>, kLanes = kTile / kVector, kSlots = kThreads / kLanes;
+  const int lane = threadIdx.x % kLanes, slot = threadIdx.x / kLanes;
+  const int64_t positions = level.height * level.width, position = first + lane * kVector;
+  DotProducts sums[kVector] = {};
+  if (position < positions) {
+    const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
+    const T* const student = channels_of<const T>(level.student, level, image, position);
+#pragma unroll 4
+    for (int64_t channel = slot; channel < level.channels; channel += kSlots) {
+      T t[kVector], s[kVector];
+      load<kVector>(teacher + channel * level.teacher.channel_stride, t);
+      load<kVector>(student + channel * level.student.channel_stride, s);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sums[i].add(to_double(t[i]), to_double(s[i]));
+    }
+  }
+  const int warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+    for (int lane_bit = kLanes; lane_bit < kWarp; lane_bit *= 2) sums[i].add_lane(lane_bit);
+    if (threadIdx.x % kWarp < kLanes) partial[warp][lane * kVector + i] = sums[i];
+  }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < kTile && first + i < positions; i += kThreads) {
+    DotProducts sum = partial[0][i];
+    for (int other = 1; other < kWarps; ++other) sum.add(partial[other][i]);
+    use(first + i, sum);
+  }
+  __syncthreads();
+}
+
+/// The same where the channels are neighbours: 8 lanes for each position.
+template <int kVector, class T, class Use>
+__device__ void dot_products_of_channels_last(const Level& level, int64_t image, int64_t first, const Use& use) {
+  const int lane = threadIdx.x % kLineLanes;
+  const int64_t position = first + threadIdx.x / kLineLanes;
+  const bool inside = position < level.height * level.width;
+  DotProducts sum{};
+  if (inside) {
+    const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
+    const T* const student = channels_of<const T>(level.student, level, image, position);
+#pragma unroll 4
+    for (int64_t channel = lane * kVector; channel < level.channels; channel += kLineLanes * kVector) {
+      T t[kVector], s[kVector];
+      load<kVector>(teacher + channel, t);
+      load<kVector>(student + channel, s);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum.add(to_double(t[i]), to_double(s[i]));
+    }
+  }
+#pragma unroll
+  for (int lane_bit = kLineLanes / 2; lane_bit > 0; lane_bit /= 2) sum.add_lane(lane_bit);
+  if (inside && lane == 0) use(position, sum);
+}
+
+template <class T, class Use>
+__device__ void dot_products_of_tile(const Tiling& tiling, const Level* levels, int64_t image, const Tile& tile,
+                                     PartialDotProducts& partial, const Use& use) {
+  constexpr int kVector = sizeof(uint4) / sizeof(T);
+  const Level& level = levels[tile.level];
+  switch (tiling.layout[tile.level]) {
+    case Layout::kPlanes:
+      return dot_products_of_planes<kVector, T>(level, image, tile.index * kPlaneTile<kVector>, partial, use);
+    case Layout::kChannelsLast:
+      return dot_products_of_channels_last<kVector, T>(level, image, tile.index * kChannelsLastTile, use);
+    case Layout::kStrided:
+      return dot_products_of_planes<1, T>(level, image, tile.index * kPlaneTile<1>, partial, use);
+  }
+}
+
+// ---- host
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(error));
+}
+
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "device " + std::to_string(device));
+  return value;
+}
+
+/// Makes a device the current one, and the one before it again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&previous_), "the current device");
+    if (previous_ != device_) check(cudaSetDevice(device_), "device " + std::to_string(device_));
+  }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, previous_ = 0;
+};
+
+/// `gradients`: those of the level, if they are written the way its features are read.
+template <class T, class... Gradients>
+Layout layout_of(const Level& level, int64_t batch, const Gradients&... gradients) {
+  constexpr int64_t kVector = sizeof(uint4) / sizeof(T);
+  const auto loads_are_aligned = [&](const auto& features, bool planes) {
+    const auto fits = [](int64_t count, int64_t stride) { return count == 1 || stride % kVector == 0; };
+    return reinterpret_cast<uintptr_t>(features.data) % sizeof(uint4) == 0 && fits(batch, features.batch_stride) &&
+           (planes ? fits(level.channels, features.channel_stride)
+                   : fits(level.height, features.row_stride) && fits(level.width, features.column_stride));
+  };
+  const auto planes = [&](const auto& features) {
+    return (level.width == 1 || features.column_stride == 1) &&
+           (level.height == 1 || features.row_stride == level.width) && level.height * level.width % kVector == 0 &&
+           loads_are_aligned(features, true);
+  };
+  const auto channels_last = [&](const auto& features) {
+    return features.channel_stride == 1 && level.channels % kVector == 0 && loads_are_aligned(features, false);
+  };
+  if (planes(level.teacher) && planes(level.student) && (planes(gradients) && ...)) return Layout::kPlanes;
+  if (channels_last(level.teacher) && channels_last(level.student) && (channels_last(gradients) && ...))
+    return Layout::kChannelsLast;
+  return Layout::kStrided;
+}
+
+template <class T>
+int64_t tile_size(Layout layout) {
+  if (layout == Layout::kPlanes) return kPlaneTile<sizeof(uint4) / sizeof(T)>;
+  return layout == Layout::kChannelsLast ? kChannelsLastTile : kPlaneTile<1>;
+}
+
+/// Cuts a level into tiles; levels come in order.
+template <class T>
+void add_level(Tiling& tiling, int index, const Level& level, int64_t batch, Layout layout) {
+  tiling.layout[index] = layout;
+  tiling.tiles[index] = ceil_div(level.height * level.width, tile_size<T>(layout));
+  tiling.tiles_per_image += tiling.tiles[index];
+  tiling.offset[index] = tiling.positions;
+  tiling.positions += batch * level.height * level.width;
+}
+
+/// What is known of a kernel, or an error where this build has no code for the device.
+template <class Kernel>
+cudaFuncAttributes attributes_of(Kernel* kernel, int device) {
+  cudaFuncAttributes code{};
+  const cudaError_t found = cudaFuncGetAttributes(&code, kernel);
+  if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();  // not for the next call to find
+    throw std::runtime_error("device " + std::to_string(device) + " has compute capability " +
+                             std::to_string(attribute_of(device, cudaDevAttrComputeCapabilityMajor)) + "." +
+                             std::to_string(attribute_of(device, cudaDevAttrComputeCapabilityMinor)) +
+                             ", and this build holds CUDA code for " STFPM_EXT_CUDA_ARCHITECTURES
+                             " only: build it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=... (see README)");
+  }
+  check(found, "kernel");
+  return code;
+}
+
+/// Enqueues a kernel; `attribute` may be null.
+template <class Kernel, class Launch>
+void launch_kernel(Kernel* kernel, const Launch& launch, int64_t blocks, cudaStream_t stream,
+                   cudaLaunchAttribute* attribute) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, launch), "launch");
+}
+
+}  // namespace
+}  // namespace stfpm_ext
