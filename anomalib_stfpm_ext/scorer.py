@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Tensors = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 
 MAX_LEVELS = 8
+MAX_PIXELS = 2**40  # of a map: 4 terabytes, and sizes in bytes stay far from overflowing
 # By dtype of the features: that of map and score.
 OUTPUT_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 Combination = Literal["product", "sum", "maximum"]
@@ -256,6 +257,8 @@ def check_image_size(image_size: Any) -> tuple[int, int]:
         fail(TypeError, "image_size", "two whole numbers (height, width)", repr(image_size))
     if not (1 <= height < 2**31 and 1 <= width < 2**31):
         fail(ValueError, "image_size", "a height and a width of 1 to 2**31 - 1", (height, width))
+    if height * width > MAX_PIXELS:
+        fail(ValueError, "image_size", "at most 2**40 pixels", (height, width))
     return height, width
 
 
