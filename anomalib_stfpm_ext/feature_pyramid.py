@@ -15,6 +15,8 @@ import torch
 from timm.models import load_state_dict
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from typing_extensions import Self
 
 
 class FeaturePyramid(nn.Module):
@@ -23,6 +25,11 @@ class FeaturePyramid(nn.Module):
     Args:
         backbone (str): timm's name of the network, with or without a tag for its weights.
         layers (Sequence[str]): The levels, by the names that timm gives them (``feature_info``).
+
+    Note:
+        Inference runs a copy whose batch norms are folded into the convolutions: the same features up to rounding. It
+        is made anew when weights have changed. Changes through ``tensor.data`` that leave the evaluation mode on are
+        the only ones that torch does not count, and so not noticed.
 
     Raises:
         ValueError: If timm does not know the backbone, if it has no feature pyramid, or if one of the layers is not
@@ -41,8 +48,8 @@ class FeaturePyramid(nn.Module):
         self.backbone = backbone
         self.layers = list(layers)
         self.feature_extractor = _create_extractor(backbone, _layer_indices(backbone, layers))
-        # The copy (in a tuple, so that it is no part of the model), and the state of the tensors that it was made of.
-        self._folded: tuple[nn.Module, ...] = ()
+        # For inference: a copy (in a tuple, so that it is no part of the model), and the state of what it was made of.
+        self._folded: tuple[Any, ...] = ()
         self._folded_state: list[tuple[int, int]] | None = None
         # Swin and its like return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
@@ -64,17 +71,33 @@ class FeaturePyramid(nn.Module):
 
     def _extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Run the network; for inference a copy of it whose batch norms are folded into the convolutions."""
-        # Compilers and exporters fold by themselves.
-        tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        features: list[torch.Tensor]
         tensors = [*self.feature_extractor.parameters(), *self.feature_extractor.buffers()]
-        if self.training or torch.is_grad_enabled() or tracing or any(map(torch.is_inference, tensors)):
-            features: list[torch.Tensor] = self.feature_extractor(images)
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or images.is_meta
+            or torch.is_autocast_enabled(images.device.type)
+            or torch.compiler.is_compiling()  # compilers and exporters fold by themselves
+            or torch._C._get_tracing_state() is not None
+            or is_in_torch_dispatch_mode()
+            or any(map(torch.is_inference, tensors))
+        ):
+            features = self.feature_extractor(images)
             return features
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if state != self._folded_state:
-            self._folded, self._folded_state = (_fold(self.feature_extractor, images),), state
+            # With the tensors, so that nobody else gets their memory.
+            self._folded = (_fold(self.feature_extractor, images), [tensor.detach() for tensor in tensors])
+            self._folded_state = state
         features = self._folded[0](images)
-        return features  # noqa: RET504  # mypy knows its type
+        return features
+
+    def train(self, mode: bool = True) -> Self:
+        """Enter training or evaluation mode; training gives up the copy for inference."""
+        if mode:
+            self._folded, self._folded_state = (), None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model, and needs no second copy of the network.
@@ -110,7 +133,7 @@ class Teacher(FeaturePyramid):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         """Stay in evaluation mode, whatever Lightning asks for."""
         return super().train(False)
 

