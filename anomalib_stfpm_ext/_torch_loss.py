@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import _core, scorer
+from ._torch_op import check_kernel
 from .scorer import OUTPUT_DTYPES, dtype_name, fail
 
 Tensors = Sequence[torch.Tensor]
@@ -36,6 +37,7 @@ def _scalars_shape(teacher: Tensors) -> tuple[int, int]:
 
 def _fused(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     loss, scalars = _allocate(teacher, student)
+    check_kernel(loss.device)
     call, device = _call(teacher, student, scalars), loss.device
     if len(teacher[0]) == 0:
         loss.fill_(torch.nan)  # the mean of nothing
@@ -65,6 +67,7 @@ def _fused_backward(
     upstream: torch.Tensor, teacher: Tensors, student: Tensors, scalars: torch.Tensor
 ) -> list[torch.Tensor]:
     gradients = _allocate_gradients(upstream, teacher, student, scalars)
+    check_kernel(upstream.device)
     call, device = _call(teacher, student, scalars), upstream.device
     targets = [(level.data_ptr(), *level.stride()) for level in gradients]
     if len(teacher[0]) == 0:

@@ -73,6 +73,19 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and bool(_core.cuda_architectures) and not torch.version.hip)
 
 
+def check_kernel(device: torch.device) -> None:
+    """Raise an error where the build has no kernels for the features' device."""
+    if not has_kernel(device):
+        wanted = "features on the CPU, since this build has no CUDA scorer (README: Install)"
+        fail(ValueError, "teacher[0]", wanted, device)
+
+
+def squared_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of normalised features ``(B, C, H, W)`` at each position: ``(B, 1, H, W)``."""
+    dtype = _output_dtype([teacher])
+    return (F.normalize(teacher.to(dtype)) - F.normalize(student.to(dtype))).square().sum(dim=1, keepdim=True)
+
+
 def _is_exported_without_operators() -> bool:
     """Whether TorchScript or ONNX, which know no operator of ours, is recording this call."""
     if torch.compiler.is_compiling():
@@ -84,11 +97,9 @@ def formula(
     teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options
 ) -> tuple[torch.Tensor, ...]:
     """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
-    dtype = _output_dtype(teacher)
     level_maps, weighted = [], []
     for t, s, weight in zip(teacher, student, options.weights, strict=True):
-        difference = F.normalize(t.to(dtype)) - F.normalize(s.to(dtype))
-        distance = 0.5 * difference.square().sum(dim=1, keepdim=True)
+        distance = 0.5 * squared_distance(t, s)
         level_map = F.interpolate(distance, size=image_size, mode="bilinear", align_corners=False)
         level_maps.append(level_map)
         if weight != 1:
@@ -165,9 +176,7 @@ def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
 
 def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
     device = teacher[0].device
-    if not has_kernel(device):
-        wanted = "features on the CPU, since this build has no CUDA scorer (README: Install)"
-        fail(ValueError, "teacher[0]", wanted, device)
+    check_kernel(device)
     call = scorer.core_call(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride)
     if device.type == "cpu":
         _core.anomaly_map(call, torch.get_num_threads())

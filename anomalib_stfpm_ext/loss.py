@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import _torch_loss  # noqa: F401  # defines the operator
-from ._torch_op import has_kernel
-from .scorer import OUTPUT_DTYPES, check_features, dtype_name, pair_levels
+from ._torch_op import has_kernel, squared_distance
+from .scorer import check_features, pair_levels
 
 
 def formula(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -23,12 +22,7 @@ def formula(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) ->
     Returns:
         torch.Tensor: The loss, a scalar.
     """
-    dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(teacher[0].dtype)])
-    level_losses = [
-        (F.normalize(t.to(dtype)) - F.normalize(s.to(dtype))).square().sum(dim=1).mean()
-        for t, s in zip(teacher, student, strict=True)
-    ]
-    return torch.stack(level_losses).sum()
+    return torch.stack([squared_distance(t, s).mean() for t, s in zip(teacher, student, strict=True)]).sum()
 
 
 class StfpmExtLoss(nn.Module):

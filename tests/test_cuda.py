@@ -122,6 +122,12 @@ def test_exactly_one_launch(batch):
 
 
 @on_gpu
+def test_equal_vectors_are_at_distance_zero():
+    teacher, _ = features(PYRAMIDS["resnet18"], 2, (128, 128))
+    assert anomaly_map(teacher, teacher, (128, 128), combine="sum")[0].max() == 0
+
+
+@on_gpu
 def test_nan_and_empty_batch():
     teacher, student = features([(6, 1), (5, 4)], 3, (16, 16))
     teacher[0][1, 3, 4, 11] = torch.nan
@@ -206,7 +212,7 @@ def test_loss_is_two_launches_and_waits_for_nothing():
 def test_compiler_reports_neither_spills_nor_local_memory(tmp_path, source, count):
     """`count`: of kernels, for all dtypes and combinations, or dtypes and directions."""
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90, 120)]
-    command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *targets]
+    command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "--fmad=false", "-Xptxas=-v", *targets]
     command += ['-DSTFPM_EXT_CUDA_ARCHITECTURES=""', "-c", SOURCES / source, "-o", tmp_path / "source.o"]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     kernels = re.findall(r"Compiling entry function '\w*_kernel\w*' for 'sm_(\d+)'", report)

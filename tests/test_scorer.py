@@ -10,7 +10,7 @@ from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
 from conftest import PYRAMIDS, make_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anomalib_stfpm_ext import _core, _torch_op, anomaly_map
+from anomalib_stfpm_ext import _core, _torch_loss, _torch_op, anomaly_map
 
 
 def assert_close(result, expected, rtol, what="map"):
@@ -336,6 +336,8 @@ def test_cuda_tensors_on_a_build_without_cuda(monkeypatch):
         features = [torch.empty(1, 2, 4, 4, device="cuda")]
         with pytest.raises(ValueError, match=r"teacher\[0\]: wanted features on the CPU, since this build has no CUDA"):
             _torch_op._fused(features, features, 8, 8)
+        with pytest.raises(ValueError, match=r"teacher\[0\]: wanted features on the CPU, since this build has no CUDA"):
+            _torch_loss._fused(features, features)
 
 
 def level(*shape, dtype=np.float32):

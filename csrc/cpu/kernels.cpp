@@ -249,17 +249,26 @@ void level_distances(const Level& level, int64_t image, int64_t begin, int64_t e
   });
 }
 
-void distances_of(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* distances) {
+/// Calls `use` with an element of the features' type and one of the results'.
+template <class Use>
+auto with_types(DType dtype, const Use& use) {
   switch (dtype) {
-    case DType::kFloat32:
-      return level_distances<float>(level, image, begin, end, static_cast<float*>(distances));
     case DType::kFloat64:
-      return level_distances<double>(level, image, begin, end, static_cast<double*>(distances));
+      return use(double(), double());
     case DType::kFloat16:
-      return level_distances<Half>(level, image, begin, end, static_cast<float*>(distances));
+      return use(Half(), float());
     case DType::kBFloat16:
-      return level_distances<BFloat16>(level, image, begin, end, static_cast<float*>(distances));
+      return use(BFloat16(), float());
+    case DType::kFloat32:
+      break;
   }
+  return use(float(), float());
+}
+
+void distances_of(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* distances) {
+  with_types(dtype, [&](auto element, auto real) {
+    level_distances<decltype(element)>(level, image, begin, end, static_cast<decltype(real)*>(distances));
+  });
 }
 
 template <class T, class Real>
@@ -281,21 +290,10 @@ double level_matching(const Level& level, int64_t image, int64_t begin, int64_t 
 
 double matching_of(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* factors,
                    void* projections) {
-  const auto run = [&](auto element, auto real) {
+  return with_types(dtype, [&](auto element, auto real) {
     return level_matching<decltype(element)>(level, image, begin, end, static_cast<decltype(real)*>(factors),
                                              static_cast<decltype(real)*>(projections));
-  };
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(float(), float());
-    case DType::kFloat64:
-      return run(double(), double());
-    case DType::kFloat16:
-      return run(Half(), float());
-    case DType::kBFloat16:
-      return run(BFloat16(), float());
-  }
-  return 0;
+  });
 }
 
 /// The gradients of kChannels channels of positions [begin, end), which are neighbours in memory (NCHW).
@@ -369,20 +367,10 @@ void level_gradients(const Level& level, const MutableFeatures& target, int64_t 
 
 void matching_gradients_of(DType dtype, const Level& level, const MutableFeatures& gradients, int64_t image,
                            int64_t begin, int64_t end, const void* factors, const void* projections, double scale) {
-  const auto run = [&](auto element, auto real) {
+  with_types(dtype, [&](auto element, auto real) {
     level_gradients<decltype(element)>(level, gradients, image, begin, end, static_cast<const decltype(real)*>(factors),
                                        static_cast<const decltype(real)*>(projections), scale);
-  };
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(float(), float());
-    case DType::kFloat64:
-      return run(double(), double());
-    case DType::kFloat16:
-      return run(Half(), float());
-    case DType::kBFloat16:
-      return run(BFloat16(), float());
-  }
+  });
 }
 
 /// Stretches one row of distances to pixels [begin, end) of the map's row.

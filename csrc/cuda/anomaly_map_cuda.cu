@@ -226,18 +226,9 @@ void enqueue(const AnomalyMapParams& params, void* distances, int device, cudaSt
 
 void anomaly_map_cuda(const AnomalyMapParams& params, void* distances, int device, void* stream) {
   if (params.batch == 0) return;
-  const DeviceGuard guard(device);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return enqueue<float>(params, distances, device, cuda_stream);
-    case DType::kFloat64:
-      return enqueue<double>(params, distances, device, cuda_stream);
-    case DType::kFloat16:
-      return enqueue<__half>(params, distances, device, cuda_stream);
-    case DType::kBFloat16:
-      return enqueue<__nv_bfloat16>(params, distances, device, cuda_stream);
-  }
+  with_type_on(device, params.dtype, [&](auto element) {
+    enqueue<decltype(element)>(params, distances, device, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace stfpm_ext

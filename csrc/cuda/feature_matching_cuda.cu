@@ -221,34 +221,16 @@ void enqueue_backward(const FeatureMatchingParams& params, const void* upstream,
 
 void feature_matching_cuda(const FeatureMatchingParams& params, void* loss, double* partial_sums, int device,
                            void* stream) {
-  const DeviceGuard guard(device);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return enqueue_forward<float>(params, loss, partial_sums, device, cuda_stream);
-    case DType::kFloat64:
-      return enqueue_forward<double>(params, loss, partial_sums, device, cuda_stream);
-    case DType::kFloat16:
-      return enqueue_forward<__half>(params, loss, partial_sums, device, cuda_stream);
-    case DType::kBFloat16:
-      return enqueue_forward<__nv_bfloat16>(params, loss, partial_sums, device, cuda_stream);
-  }
+  with_type_on(device, params.dtype, [&](auto element) {
+    enqueue_forward<decltype(element)>(params, loss, partial_sums, device, static_cast<cudaStream_t>(stream));
+  });
 }
 
 void feature_matching_backward_cuda(const FeatureMatchingParams& params, const void* upstream,
                                     const MutableFeatures* gradients, int device, void* stream) {
-  const DeviceGuard guard(device);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return enqueue_backward<float>(params, upstream, gradients, device, cuda_stream);
-    case DType::kFloat64:
-      return enqueue_backward<double>(params, upstream, gradients, device, cuda_stream);
-    case DType::kFloat16:
-      return enqueue_backward<__half>(params, upstream, gradients, device, cuda_stream);
-    case DType::kBFloat16:
-      return enqueue_backward<__nv_bfloat16>(params, upstream, gradients, device, cuda_stream);
-  }
+  with_type_on(device, params.dtype, [&](auto element) {
+    enqueue_backward<decltype(element)>(params, upstream, gradients, device, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace stfpm_ext

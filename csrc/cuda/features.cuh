@@ -227,6 +227,22 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
+/// Calls `use` with an element of the features' type, the device being the current one.
+template <class Use>
+void with_type_on(int device, DType dtype, const Use& use) {
+  const DeviceGuard guard(device);
+  switch (dtype) {
+    case DType::kFloat32:
+      return use(float());
+    case DType::kFloat64:
+      return use(double());
+    case DType::kFloat16:
+      return use(__half());
+    case DType::kBFloat16:
+      return use(__nv_bfloat16());
+  }
+}
+
 /// `gradients`: those of the level, if they are written the way its features are read.
 template <class T, class... Gradients>
 Layout layout_of(const Level& level, int64_t batch, const Gradients&... gradients) {
