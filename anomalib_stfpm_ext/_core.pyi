@@ -14,13 +14,13 @@ Call: TypeAlias = tuple[
     str,  # dtype
     Sequence[Level],
     int,  # batch
-    int,  # height of the map
-    int,  # width of the map
+    tuple[int, int],  # height and width of the map
+    tuple[int, int],  # height and width at which the levels are combined
     Sequence[float],  # weight of each level
     str,  # product, sum or maximum
     int,  # address of the map [batch, 1, height, width]
     int,  # address of the scores [batch]
-    int,  # address of the level maps [batch, levels, height, width], or 0
+    int,  # address of the level maps [batch, levels, height and width where they are combined], or 0
 ]
 MatchingCall: TypeAlias = tuple[
     str,  # dtype
@@ -37,9 +37,10 @@ def anomaly_map(call: Call, num_threads: int) -> None: ...
 def feature_matching(call: MatchingCall, loss: int, num_threads: int) -> None: ...
 def feature_matching_backward(call: MatchingCall, upstream: int, gradients: Gradients, num_threads: int) -> None: ...
 
-# Only where the build has a CUDA scorer. `distances` is the address of room for the distances of all levels,
-# `partial_sums` that of room for `most_partial_sums` float64.
-def anomaly_map_cuda(call: Call, distances: int, device: int, stream: int) -> None: ...
+# Only where the build has a CUDA scorer. `scratch` is the address of room for the distances of all levels and, where
+# they are combined at another size than the map's, for the combined map; `partial_sums` that of room for
+# `most_partial_sums` float64.
+def anomaly_map_cuda(call: Call, scratch: int, device: int, stream: int) -> None: ...
 def feature_matching_cuda(call: MatchingCall, loss: int, partial_sums: int, device: int, stream: int) -> None: ...
 def feature_matching_backward_cuda(
     call: MatchingCall, upstream: int, gradients: Gradients, device: int, stream: int

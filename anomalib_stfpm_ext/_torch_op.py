@@ -6,6 +6,7 @@ Its formula in plain torch operations is here too: for gradients, exporters and 
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import _core, scorer
 from .scorer import OUTPUT_DTYPES, Options, dtype_name, fail
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
-_OPTIONS = "float[] weights=[], str combine='product'"
+_OPTIONS = "float[] weights=[], str combine='product', SymInt[]? combine_size=None"
 _LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]
 # Without weights, each level's is 1. The results: map, scores and, if asked for, level maps.
 _LIBRARY.define(
@@ -34,21 +35,21 @@ def anomaly_map(
 ) -> tuple[torch.Tensor, ...]:
     """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
     differentiable = _is_differentiable(teacher, student)
-    weights, combine = options.weights, options.combine
+    weights, combine, combine_size, level_maps = options
     if out is not None:
         if differentiable:
             fail(ValueError, "out", "None where gradients are required", "memory that has none")
-        shapes = scorer.output_shapes(teacher, image_size, options.level_maps)
+        shapes = scorer.output_shapes(teacher, image_size, options)
         scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
-        amap, score, *level_maps = out
         torch.ops.anomalib_stfpm_ext.anomaly_map_out.default(
             teacher,
             student,
             weights=weights,
             combine=combine,
-            amap=amap,
-            score=score,
-            level_maps=level_maps[0] if level_maps else None,
+            combine_size=combine_size,
+            amap=out[0],
+            score=out[1],
+            level_maps=out[2] if level_maps else None,
         )
         return tuple(out)
     if differentiable or _is_exported_without_operators():
@@ -56,7 +57,13 @@ def anomaly_map(
         return formula(teacher, student, image_size, options)
     return tuple(
         torch.ops.anomalib_stfpm_ext.anomaly_map.default(
-            teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
+            teacher,
+            student,
+            *image_size,
+            weights=weights,
+            combine=combine,
+            combine_size=combine_size,
+            level_maps=level_maps,
         )
     )
 
@@ -100,13 +107,15 @@ def formula(
     level_maps, weighted = [], []
     for t, s, weight in zip(teacher, student, options.weights, strict=True):
         distance = 0.5 * squared_distance(t, s)
-        level_map = F.interpolate(distance, size=image_size, mode="bilinear", align_corners=False)
+        level_map = F.interpolate(distance, options.combine_size or image_size, mode="bilinear", align_corners=False)
         level_maps.append(level_map)
         if weight != 1:
             level_map = level_map**weight if options.combine == "product" else level_map * weight
         weighted.append(level_map)
     combine: Any = {"product": torch.mul, "sum": torch.add, "maximum": torch.maximum}[options.combine]
     amap: torch.Tensor = functools.reduce(combine, weighted)
+    if options.combine_size is not None:
+        amap = F.interpolate(amap, image_size, mode="bilinear", align_corners=False)
     result = (amap, amap.amax(dim=(1, 2, 3)))
     return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
 
@@ -117,7 +126,7 @@ def _allocate(
     """Check the arguments, and return memory for the results and the options."""
     scorer.check_features(teacher, student, torch.Tensor)
     checked = _options(teacher, **options)
-    shapes = scorer.output_shapes(teacher, scorer.check_image_size((height, width)), checked.level_maps)
+    shapes = scorer.output_shapes(teacher, scorer.check_size((height, width)), checked)
     dtype, device = _output_dtype(teacher), teacher[0].device
     return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes], checked
 
@@ -134,7 +143,7 @@ def _fused(teacher: Tensors, student: Tensors, height: int, width: int, **option
 
 def _default(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
     scorer.check_features(teacher, student, torch.Tensor)
-    image_size = scorer.check_image_size((height, width))
+    image_size = scorer.check_size((height, width))
     return list(formula(teacher, student, image_size, _options(teacher, **options)))
 
 
@@ -152,7 +161,7 @@ def _check_out(
     checked = _options(teacher, level_maps=level_maps is not None, **options)
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
-    shapes = scorer.output_shapes(teacher, scorer.check_image_size(amap.shape[2:]), checked.level_maps)
+    shapes = scorer.output_shapes(teacher, scorer.check_size(amap.shape[2:]), checked)
     out = [amap, score] if level_maps is None else [amap, score, level_maps]
     scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
     return out, checked
@@ -181,16 +190,20 @@ def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options)
     if device.type == "cpu":
         _core.anomaly_map(call, torch.get_num_threads())
     else:
-        positions = sum(level.shape[0] * level.shape[2] * level.shape[3] for level in teacher)
-        distances = torch.empty(positions, dtype=outputs[0].dtype, device=device)
+        positions = sum(level.shape[2] * level.shape[3] for level in teacher) + math.prod(options.combine_size or (0,))
+        scratch = torch.empty(teacher[0].shape[0] * positions, dtype=outputs[0].dtype, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
-        _core.anomaly_map_cuda(call, distances.data_ptr(), device.index, stream)
+        _core.anomaly_map_cuda(call, scratch.data_ptr(), device.index, stream)
 
 
 def _options(
-    teacher: Tensors, weights: Sequence[float] = (), combine: str = "product", level_maps: bool = False
+    teacher: Tensors,
+    weights: Sequence[float] = (),
+    combine: str = "product",
+    combine_size: Sequence[int] | None = None,
+    level_maps: bool = False,
 ) -> Options:
-    return scorer.check_options(weights or None, combine, level_maps, range(len(teacher)))
+    return scorer.check_options(weights or None, combine, combine_size, level_maps, range(len(teacher)))
 
 
 def _output_dtype(features: Tensors) -> torch.dtype:

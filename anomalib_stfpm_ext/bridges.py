@@ -34,7 +34,8 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) -> StfpmExt:
     """Read a student that the authors' code saved (``snapshots/<category>/best.pth.tar``).
 
-    Its features are those of the authors' network, up to rounding. The file holds neither the teacher nor a threshold.
+    Its features are those of the authors' network, up to rounding, and its maps an eighth of theirs, who leave the 1/2
+    out of the distance at each of three levels. The file holds neither the teacher nor a threshold.
 
     Args:
         path (str | Path): The authors' file: a ``state_dict`` of ResNet18's children by number, after any one prefix.
@@ -42,7 +43,8 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) 
             from timm's cache or the internet. Defaults to ``True``.
 
     Returns:
-        StfpmExt: ResNet18 with the layers that the authors compare, ``layer1`` to ``layer3``.
+        StfpmExt: ResNet18 with the layers that the authors compare, ``layer1`` to ``layer3``, and
+            ``combine_at="finest"``, as they have it.
 
     Raises:
         TypeError: If ``path`` is no path.
@@ -55,7 +57,7 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) 
         raise ValueError(msg)
     weights = read_file("path", path, "a file of the authors' code", partial(load_state_dict, weights_only=True))
     student = {name: tensor for name, tensor in _timm_names(weights) if not name.startswith("layer4.")}  # never used
-    model = StfpmExt(_AUTHORS_BACKBONE, _AUTHORS_LAYERS, teacher_weights)
+    model = StfpmExt(_AUTHORS_BACKBONE, _AUTHORS_LAYERS, teacher_weights, combine_at="finest")
     load_tensors(
         model.model.student_model.feature_extractor,
         student,
@@ -272,8 +274,9 @@ def _report(model: StfpmExt, checkpoint: Path) -> None:
     save_checkpoint(model, checkpoint)
     backbone, layers = model.model.teacher_model.backbone, ",".join(model.model.teacher_model.layers)
     print(
-        f"wrote {checkpoint}; give anomalib: --model StfpmExt --model.backbone {backbone} "
-        f'--model.layers "[{layers}]" --model.teacher_weights false --ckpt_path {shlex.quote(str(checkpoint))}'
+        f'wrote {checkpoint}; give anomalib: --model StfpmExt --model.backbone {backbone} --model.layers "[{layers}]" '
+        f"--model.combine_at {model.model.combine_at} --model.teacher_weights false "
+        f"--ckpt_path {shlex.quote(str(checkpoint))}"
     )
 
 

@@ -5,7 +5,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import _anomalib_stfpm_ext_autoload
 import timm
@@ -46,6 +46,9 @@ class StfpmExt(AnomalibModule):
         teacher_weights (bool | Path): Local ``.pth`` or ``.safetensors`` file with the teacher's weights. ``True``:
             timm's pretrained ones, from its cache or the internet. ``False``: none, because a checkpoint brings them.
             Defaults to ``True``.
+        combine_at (str): Where the levels' maps are multiplied: ``"image"``, at the image's size as in the paper, or
+            ``"finest"``, at that of the finest level, after which the product is stretched to the image's, as in the
+            authors' code. Defaults to ``"image"``.
         lr (float): Learning rate of SGD. Defaults to ``0.4``, as in the paper.
         momentum (float): Momentum of SGD. Defaults to ``0.9``, as in the paper.
         weight_decay (float): Weight decay of SGD. Defaults to ``1e-4``, as in the paper.
@@ -89,6 +92,7 @@ class StfpmExt(AnomalibModule):
         backbone: str = "resnet18.tv_in1k",
         layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         teacher_weights: bool | Path = True,
+        combine_at: Literal["image", "finest"] = "image",
         lr: float = 0.4,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
@@ -102,7 +106,7 @@ class StfpmExt(AnomalibModule):
         check_share(held_out_share)
         if seed is not None:
             seed_everything(seed, workers=True)
-        model = StfpmExtModel(backbone, layers, teacher_weights)
+        model = StfpmExtModel(backbone, layers, teacher_weights, combine_at)
         if pre_processor is True:
             config = timm.get_pretrained_cfg(backbone)
             pre_processor = self.configure_pre_processor(mean=config.mean, std=config.std)

@@ -38,6 +38,7 @@ class Options(NamedTuple):
 
     weights: Sequence[float]
     combine: str
+    combine_size: tuple[int, int] | None  # that of the image where there is none
     level_maps: bool
 
 
@@ -49,6 +50,7 @@ def anomaly_map(
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     combine: Combination = "product",
+    combine_size: Sequence[int] | None = None,
     level_maps: bool = False,
     out: "Sequence[NumpyArray] | None" = None,
 ) -> "tuple[NumpyArray, ...]": ...
@@ -60,6 +62,7 @@ def anomaly_map(
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     combine: Combination = "product",
+    combine_size: Sequence[int] | None = None,
     level_maps: bool = False,
     out: "Sequence[torch.Tensor] | None" = None,
 ) -> "tuple[torch.Tensor, ...]": ...
@@ -70,6 +73,7 @@ def anomaly_map(
     *,
     weights: Any = None,
     combine: Combination = "product",
+    combine_size: Sequence[int] | None = None,
     level_maps: bool = False,
     out: Any = None,
 ) -> tuple[Any, ...]:
@@ -94,13 +98,16 @@ def anomaly_map(
         weights (Sequence[float] | Mapping[str, float] | None): A weight for each level, not negative: the exponent of
             its map in the product, its factor in the sum and the maximum. Defaults to 1 for each.
         combine (str): ``"product"`` of the levels' maps as in the paper, or their ``"sum"`` or ``"maximum"``.
+        combine_size (Sequence[int] | None): Height and width to which the levels' maps are stretched before they are
+            combined; the result is then stretched to ``image_size``. Defaults to ``image_size``, as in the paper; its
+            authors' code combines at the finest level's size, ``(64, 64)`` for images of 256x256.
         level_maps (bool): Whether to return each level's own map too.
         out (Sequence | None): Contiguous memory for all that is returned, of the right shapes and dtype. It may
             overlap neither the features nor itself.
 
     Returns:
         tuple: The anomaly map ``(B, 1, height, width)``, not negative, and the image scores ``(B,)``, its maxima; with
-            ``level_maps`` also the upsampled distances of each level ``(B, levels, height, width)``, without weights.
+            ``level_maps`` also the upsampled distances of each level ``(B, levels, *combine_size)``, without weights.
             Tensors for tensors, otherwise arrays; float64 for float64 features, otherwise float32. NaN where a
             feature that a pixel depends on is NaN, and in the score of that image.
 
@@ -123,8 +130,8 @@ def anomaly_map(
         ((1, 1, 8, 8), array([2.], dtype=float32))
     """
     names, teacher_levels, student_levels = pair_levels(teacher, student)
-    image_size = check_image_size(image_size)
-    options = check_options(weights, combine, level_maps, names)
+    image_size = check_size(image_size)
+    options = check_options(weights, combine, combine_size, level_maps, names)
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
         try:
@@ -137,7 +144,7 @@ def anomaly_map(
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
     check_features(teacher_levels, student_levels, np.ndarray, names)
-    shapes = output_shapes(teacher_levels, image_size, level_maps)
+    shapes = output_shapes(teacher_levels, image_size, options)
     dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
     if out is None:
         out = [np.empty(shape, dtype) for shape in shapes]
@@ -165,13 +172,13 @@ def core_call(
         tuple: The call, for the functions of ``_core``.
     """
     amap, score, *level_maps = outputs
-    batch, _, height, width = amap.shape
+    batch, _, *image_size = amap.shape
     return (
         dtype_name(teacher[0].dtype),
         core_levels(teacher, student, address, strides),
         batch,
-        height,
-        width,
+        image_size,
+        options.combine_size or image_size,
         options.weights,
         options.combine,
         address(amap),
@@ -187,12 +194,12 @@ def core_levels(teacher: Sequence[Any], student: Sequence[Any], address: Any, st
     ]
 
 
-def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], level_maps: bool) -> list[tuple[int, ...]]:
+def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], options: Options) -> list[tuple[int, ...]]:
     """Return the shapes of map, scores and, if wanted, level maps."""
     batch = teacher[0].shape[0]
     shapes: list[tuple[int, ...]] = [(batch, 1, *image_size), (batch,)]
-    if level_maps:
-        shapes.append((batch, len(teacher), *image_size))
+    if options.level_maps:
+        shapes.append((batch, len(teacher), *(options.combine_size or image_size)))
     return shapes
 
 
@@ -249,25 +256,31 @@ def check_features(
             fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
 
 
-def check_image_size(image_size: Any) -> tuple[int, int]:
-    """Return height and width as integers, or raise an error that names ``image_size``."""
+def check_size(size: Any, argument: str = "image_size") -> tuple[int, int]:
+    """Return height and width as integers, or raise an error that names the argument."""
     try:
-        height, width = map(operator.index, image_size)
+        height, width = map(operator.index, size)
     except (TypeError, ValueError):
-        fail(TypeError, "image_size", "two whole numbers (height, width)", repr(image_size))
+        fail(TypeError, argument, "two whole numbers (height, width)", repr(size))
     if not (1 <= height < 2**31 and 1 <= width < 2**31):
-        fail(ValueError, "image_size", "a height and a width of 1 to 2**31 - 1", (height, width))
+        fail(ValueError, argument, "a height and a width of 1 to 2**31 - 1", (height, width))
     if height * width > MAX_PIXELS:
-        fail(ValueError, "image_size", "at most 2**40 pixels", (height, width))
+        fail(ValueError, argument, "at most 2**40 pixels", (height, width))
     return height, width
 
 
-def check_options(weights: Any, combine: Any, level_maps: Any, names: Sequence[Any]) -> Options:
+def check_options(weights: Any, combine: Any, combine_size: Any, level_maps: Any, names: Sequence[Any]) -> Options:
     """Return the options with a weight for each level, or raise an error that names the argument."""
     if combine not in COMBINATIONS:
         fail(ValueError, "combine", " or ".join(map(repr, COMBINATIONS)), repr(combine))
+    if combine_size is not None:
+        combine_size = check_size(combine_size, "combine_size")
+    return Options(_check_weights(weights, names), combine, combine_size, bool(level_maps))
+
+
+def _check_weights(weights: Any, names: Sequence[Any]) -> list[float]:
     if weights is None:
-        return Options([1.0] * len(names), combine, bool(level_maps))
+        return [1.0] * len(names)
     if isinstance(weights, Mapping):
         if list(weights) != list(names):
             fail(ValueError, "weights", f"the levels {list(names)} in this order", list(weights))
@@ -278,7 +291,8 @@ def check_options(weights: Any, combine: Any, level_maps: Any, names: Sequence[A
         fail(TypeError, "weights", "a number for each level", repr(weights))
     if len(weights) != len(names) or not all(0 <= weight < math.inf for weight in weights):
         fail(ValueError, "weights", f"{len(names)} finite numbers of at least 0", weights)
-    return Options(weights, combine, bool(level_maps))
+    checked: list[float] = weights
+    return checked
 
 
 def check_outputs(out: Any, kind: Any, shapes: Sequence[tuple[int, ...]], dtype: object, device: object = None) -> None:

@@ -2,10 +2,11 @@
 
 """STFPM as a torch module: images in, anomaly map and score out."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -13,7 +14,7 @@ from torch import nn
 
 from ._torch_op import formula, has_kernel
 from .feature_pyramid import Student, Teacher
-from .scorer import anomaly_map, check_options
+from .scorer import anomaly_map, check_options, fail
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -26,6 +27,12 @@ class StfpmExtModel(nn.Module):
         backbone (str): timm's name of the network of teacher and student.
         layers (Sequence[str]): The levels that are compared.
         teacher_weights (str | Path | bool): See :class:`anomalib_stfpm_ext.feature_pyramid.Teacher`.
+        combine_at (str): ``"image"``: the levels' maps are stretched to the image's size and multiplied there, as the
+            paper has it. ``"finest"``: they are multiplied at the finest level's size, and the product is stretched, as
+            the paper's authors' code has it.
+
+    Raises:
+        ValueError: If ``combine_at`` is neither, and as :class:`anomalib_stfpm_ext.feature_pyramid.Teacher` does.
 
     Attributes:
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
@@ -38,8 +45,17 @@ class StfpmExtModel(nn.Module):
         torch.Size([2, 1, 64, 64])
     """
 
-    def __init__(self, backbone: str, layers: Sequence[str], teacher_weights: str | Path | bool = True) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str],
+        teacher_weights: str | Path | bool = True,
+        combine_at: Literal["image", "finest"] = "image",
+    ) -> None:
         super().__init__()
+        if combine_at not in ("image", "finest"):
+            fail(ValueError, "combine_at", "'image' or 'finest'", repr(combine_at))
+        self.combine_at = combine_at
         self.tiler: Tiler | None = None
         self.teacher_model = Teacher(backbone, layers, teacher_weights)
         self.student_model = Student(backbone, layers)
@@ -64,10 +80,13 @@ class StfpmExtModel(nn.Module):
             student = {level: self.tiler.untile(features) for level, features in student.items()}
         if self.training:
             return teacher, student
+        combine_size = None
+        if self.combine_at == "finest":
+            combine_size = max((level.shape[-2:] for level in teacher.values()), key=math.prod)
         if images.device.type == "cuda" and not has_kernel(images.device):
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
-            options = check_options(None, "product", False, list(teacher))
+            options = check_options(None, "product", combine_size, False, list(teacher))
             amap, score = formula(list(teacher.values()), list(student.values()), image_size, options)
         else:
-            amap, score = anomaly_map(teacher, student, image_size)
+            amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))

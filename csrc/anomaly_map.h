@@ -54,16 +54,43 @@ struct AnomalyMapParams {
   int64_t batch;
   int64_t height;  // of the map, in pixels
   int64_t width;
+  int64_t combine_height;  // at which the levels are combined; where it is not the map's, that is upsampled once more
+  int64_t combine_width;
   void* map;         // [B, 1, height, width]
   void* score;       // [B]
-  void* level_maps;  // [B, num_levels, height, width], the upsampled distances without weights; or null
+  void* level_maps;  // [B, num_levels, combine_height, combine_width], the upsampled distances without weights; or null
 };
+
+inline bool combines_in_map(const AnomalyMapParams& params) {
+  return params.combine_height == params.height && params.combine_width == params.width;
+}
+
+/// The first of two steps where the levels are combined at another size than the map's: into `combined`, [B,
+/// combine_height, combine_width] of the map's type.
+inline AnomalyMapParams combining_step(AnomalyMapParams params, void* combined) {
+  params.height = params.combine_height;
+  params.width = params.combine_width;
+  params.map = combined;
+  return params;
+}
+
+/// The second: into the map, from what was combined, as if that were the distances of a single level.
+inline AnomalyMapParams upsampling_step(AnomalyMapParams params) {
+  params.num_levels = 1;
+  params.combination = Combination::kProduct;
+  params.levels[0].height = params.combine_height;
+  params.levels[0].width = params.combine_width;
+  params.levels[0].weight = 1.0;
+  params.level_maps = nullptr;
+  return params;
+}
 
 /// Computes maps and scores on at most `num_threads` threads; the result does not depend on their number.
 void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads);
 
 /// Enqueues the same on a CUDA stream of `device`, where all pointers lead. Neither allocates nor synchronises.
-/// `distances`: room for the distances of all levels, batch * sum of height * width elements of the map's type.
-void anomaly_map_cuda(const AnomalyMapParams& params, void* distances, int device, void* stream);
+/// `scratch`: room for the distances of all levels, batch * sum of height * width elements of the map's type, and
+/// behind them, unless combines_in_map(), batch * combine_height * combine_width more.
+void anomaly_map_cuda(const AnomalyMapParams& params, void* scratch, int device, void* stream);
 
 }  // namespace stfpm_ext

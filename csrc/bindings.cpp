@@ -81,10 +81,10 @@ void check_overlap(const AnomalyMapParams& params) {
   for (int index = 0; index < params.num_levels; ++index)
     for (const Features* features : {&params.levels[index].teacher, &params.levels[index].student})
       taken.push_back(Extent::of(*features, params.levels[index], params.batch, feature_bytes(params.dtype)));
-  const int64_t bytes = params.batch * params.height * params.width * pixel_bytes(params.dtype);
-  const Extent outputs[] = {Extent::of(params.map, bytes),
-                            Extent::of(params.score, params.batch * pixel_bytes(params.dtype)),
-                            Extent::of(params.level_maps, bytes * params.num_levels)};
+  const int64_t pixel = pixel_bytes(params.dtype), combined = params.combine_height * params.combine_width;
+  const Extent outputs[] = {Extent::of(params.map, params.batch * params.height * params.width * pixel),
+                            Extent::of(params.score, params.batch * pixel),
+                            Extent::of(params.level_maps, params.batch * params.num_levels * combined * pixel)};
   for (size_t index = 0; index < (params.level_maps == nullptr ? 2 : 3); ++index) {
     for (const Extent& other : taken)
       if (outputs[index].overlaps(other))
@@ -110,12 +110,15 @@ void without_gil(const Work& work) {
   if (error) std::rethrow_exception(error);
 }
 
-// dtype, levels, batch, height, width, weights, combination, addresses of map, scores and level maps
-using CallTuple = std::tuple<std::string, std::vector<LevelTuple>, int64_t, int64_t, int64_t, std::vector<double>,
+// height and width
+using SizeTuple = std::array<int64_t, 2>;
+// dtype, levels, batch, sizes of the map and where levels are combined, weights, combination, addresses of map, scores
+// and level maps
+using CallTuple = std::tuple<std::string, std::vector<LevelTuple>, int64_t, SizeTuple, SizeTuple, std::vector<double>,
                              std::string, uintptr_t, uintptr_t, uintptr_t>;
 
 AnomalyMapParams params_from(const CallTuple& call) {
-  const auto& [dtype, levels, batch, height, width, weights, combine, map, score, level_maps] = call;
+  const auto& [dtype, levels, batch, size, combine_size, weights, combine, map, score, level_maps] = call;
   AnomalyMapParams params{};
   params.dtype = dtype_from(dtype);
   params.combination = combination_from(combine);
@@ -123,8 +126,10 @@ AnomalyMapParams params_from(const CallTuple& call) {
   params.num_levels = read_levels(levels, params.levels);
   for (size_t i = 0; i < levels.size(); ++i) params.levels[i].weight = weights[i];
   params.batch = batch;
-  params.height = height;
-  params.width = width;
+  params.height = size[0];
+  params.width = size[1];
+  params.combine_height = combine_size[0];
+  params.combine_width = combine_size[1];
   params.map = reinterpret_cast<void*>(map);
   params.score = reinterpret_cast<void*>(score);
   params.level_maps = reinterpret_cast<void*>(level_maps);
@@ -178,10 +183,10 @@ void match_backward_on_cpu(const MatchingTuple& call, uintptr_t upstream, const 
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
 constexpr const char* kCudaArchitectures = STFPM_EXT_CUDA_ARCHITECTURES;
 
-void score_on_cuda(const CallTuple& call, uintptr_t distances, int device, uintptr_t stream) {
+void score_on_cuda(const CallTuple& call, uintptr_t scratch, int device, uintptr_t stream) {
   const AnomalyMapParams params = params_from(call);
   without_gil(
-      [&] { anomaly_map_cuda(params, reinterpret_cast<void*>(distances), device, reinterpret_cast<void*>(stream)); });
+      [&] { anomaly_map_cuda(params, reinterpret_cast<void*>(scratch), device, reinterpret_cast<void*>(stream)); });
 }
 
 void match_on_cuda(const MatchingTuple& call, uintptr_t loss, uintptr_t partial_sums, int device, uintptr_t stream) {
@@ -226,7 +231,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("gradients"), py::arg("num_threads"));
   module.attr("most_partial_sums") = kMostPartialSums;
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
-  module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("distances"), py::arg("device"),
+  module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("scratch"), py::arg("device"),
              py::arg("stream"));
   module.def("feature_matching_cuda", &match_on_cuda, py::arg("call"), py::arg("loss"), py::arg("partial_sums"),
              py::arg("device"), py::arg("stream"));

@@ -49,12 +49,16 @@ def anomaly_map(
     image_size: tuple[int, int],
     weights: Sequence[float] | None = None,
     combine: str = "product",
+    combine_size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Combine the upsampled distances: map ``(B, 1, H, W)``, its maxima ``(B,)``, level maps ``(B, levels, H, W)``."""
-    level_maps = np.stack([upsample(distance(t, s), image_size) for t, s in zip(teacher, student, strict=True)], axis=1)
+    """Combine the upsampled distances: map ``(B, 1, H, W)``, its maxima ``(B,)``, level maps ``(B, levels, h, w)``."""
+    size = combine_size or image_size
+    level_maps = np.stack([upsample(distance(t, s), size) for t, s in zip(teacher, student, strict=True)], axis=1)
     weight = np.reshape([1] * len(teacher) if weights is None else weights, (-1, 1, 1))
     if combine == "product":
         amap = np.prod(level_maps**weight, axis=1, keepdims=True)
     else:
         amap = {"sum": np.sum, "maximum": np.max}[combine](weight * level_maps, axis=1, keepdims=True)
+    if combine_size:
+        amap = upsample(amap[:, 0], image_size)[:, None]
     return amap, amap.max(axis=(1, 2, 3)), level_maps

@@ -60,9 +60,10 @@ def test_equals_reference(batch, dtype, layout):
 @on_gpu
 @pytest.mark.parametrize("combine", ["product", "sum", "maximum"])
 @pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
-def test_options_and_memory_of_the_caller(combine, weights):
+@pytest.mark.parametrize("combine_size", [None, (15, 23)], ids=str)
+def test_options_and_memory_of_the_caller(combine, weights, combine_size):
     teacher, student = features(PYRAMIDS["resnet18"], 2, (60, 90))
-    options = {"weights": weights, "combine": combine}
+    options = {"weights": weights, "combine": combine, "combine_size": combine_size}
     expected = anomaly_map(teacher, student, (60, 90), level_maps=True, **options)
     check(expected, teacher, student, (60, 90), 2e-5, **options)
     out = [torch.full_like(output, torch.nan) for output in expected]

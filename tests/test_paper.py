@@ -7,6 +7,7 @@ learning rate of 0.4, float32 roundings would grow into visible differences with
 """
 
 import numpy as np
+import pytest
 import torch
 import torchvision
 from anomalib.data import Folder
@@ -47,13 +48,17 @@ def authors_loss(teacher, student):
     return sum(((normalized(t) - normalized(s)) ** 2).sum(1).mean() for t, s in zip(teacher, student, strict=True))
 
 
-def paper_map(teacher, student, size):
-    """Equation 1 at each level, upsampled and multiplied."""
+def upsampled(maps, size):
+    return nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def paper_map(teacher, student, combine_at):
+    """Equation 1 at each level, upsampled and multiplied; the authors' code multiplies at the finest level's size."""
     product = 1.0
     for t, s in zip(teacher, student, strict=True):
         distance = 0.5 * ((normalized(t) - normalized(s)) ** 2).sum(1, keepdim=True)
-        product = product * nn.functional.interpolate(distance, size, mode="bilinear", align_corners=False)
-    return product
+        product = product * upsampled(distance, SIZE if combine_at == "image" else teacher[0].shape[2:])
+    return upsampled(product, SIZE)
 
 
 class Record(Callback):
@@ -69,7 +74,8 @@ class Record(Callback):
         self.paths.update(batch.image_path)
 
 
-def test_training_is_the_papers(images, resnet18_weights, tmp_path):
+@pytest.mark.parametrize("combine_at", ["image", "finest"])
+def test_training_is_the_papers(images, resnet18_weights, tmp_path, combine_at):
     data = Folder(
         "noise",
         root=images,
@@ -80,7 +86,8 @@ def test_training_is_the_papers(images, resnet18_weights, tmp_path):
         num_workers=0,
     )
     pre_processor = StfpmExt.configure_pre_processor(SIZE)
-    model = StfpmExt("resnet18", teacher_weights=resnet18_weights, seed=0, pre_processor=pre_processor).double()
+    options = {"combine_at": combine_at, "pre_processor": pre_processor}
+    model = StfpmExt("resnet18", teacher_weights=resnet18_weights, seed=0, **options).double()
     model.model.register_forward_pre_hook(lambda _model, arguments: (arguments[0].double(),))  # anomalib sends float32
     record = Record()
     engine = Engine(max_epochs=EPOCHS, accelerator="cpu", default_root_dir=tmp_path, callbacks=[record])
@@ -112,7 +119,7 @@ def test_training_is_the_papers(images, resnet18_weights, tmp_path):
         student.eval()
         with torch.no_grad():
             good = prepared(data.train_data, held_out)
-            means.append(paper_map(teacher(good), student(good), SIZE).mean().item())
+            means.append(paper_map(teacher(good), student(good), combine_at).mean().item())
         students.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
 
     np.testing.assert_allclose(record.losses, losses, rtol=1e-7)
@@ -125,7 +132,7 @@ def test_training_is_the_papers(images, resnet18_weights, tmp_path):
     student.load_state_dict(students[best])
     test_images = prepared(data.test_data, range(len(data.test_data)))
     with torch.no_grad():
-        expected = paper_map(teacher(test_images), student(test_images), SIZE)
+        expected = paper_map(teacher(test_images), student(test_images), combine_at)
         result = model.model.eval()(test_images)
     torch.testing.assert_close(result.anomaly_map, expected, rtol=1e-6, atol=0)
     scores = expected.amax(dim=(1, 2, 3))

@@ -60,6 +60,7 @@ def calls(draw):
     options = {
         "combine": draw(st.sampled_from(["product", "sum", "maximum"])),
         "weights": draw(st.none() | st.lists(st.floats(0, 2), min_size=count, max_size=count)),
+        "combine_size": draw(st.none() | st.tuples(sizes, sizes)),
     }
     return teacher, student, image_size, options
 
@@ -85,6 +86,8 @@ def check(teacher, student, image_size, options):
         "sum": lambda: np.sum(level_maps * weights, axis=1, keepdims=True),
         "maximum": lambda: np.max(level_maps * weights, axis=1, keepdims=True),
     }[options["combine"]]()
+    if options["combine_size"]:
+        combined = reference.upsample(combined[:, 0].astype(float), image_size)[:, None]
     np.testing.assert_allclose(amap, combined, rtol=1e-5, atol=1e-37)
 
 

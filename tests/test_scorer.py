@@ -226,10 +226,11 @@ def test_unknown_instruction_set_is_refused(python):
 
 @pytest.mark.parametrize("combine", ["product", "sum", "maximum"])
 @pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
-def test_combinations_weights_and_level_maps(combine, weights):
+@pytest.mark.parametrize("combine_size", [None, (15, 23), (70, 40)], ids=str)
+def test_combinations_weights_and_level_maps(combine, weights, combine_size):
     teacher, student = make_features(PYRAMIDS["resnet18"], 2, (60, 90))
-    expected = reference.anomaly_map(teacher, student, (60, 90), weights, combine)
-    options = {"weights": weights, "combine": combine, "level_maps": True}
+    expected = reference.anomaly_map(teacher, student, (60, 90), weights, combine, combine_size)
+    options = {"weights": weights, "combine": combine, "combine_size": combine_size, "level_maps": True}
     tensors = [[torch.from_numpy(level) for level in side] for side in (teacher, student)]
     for result in (
         anomaly_map(teacher, student, (60, 90), **options),
@@ -238,22 +239,23 @@ def test_combinations_weights_and_level_maps(combine, weights):
     ):
         for name, ours, theirs in zip(("map", "score", "level maps"), result, expected, strict=True):
             assert_close(ours if isinstance(ours, np.ndarray) else ours.detach(), theirs, 2e-5, name)
-    assert len(anomaly_map(teacher, student, (60, 90), weights=weights, combine=combine)) == 2
     named = [dict(zip("abc", side, strict=True)) for side in (teacher, student)]
-    by_name = anomaly_map(*named, (60, 90), weights=weights and dict(zip("abc", weights, strict=True)), combine=combine)
+    options |= {"weights": weights and dict(zip("abc", weights, strict=True)), "level_maps": False}
+    by_name = anomaly_map(*named, (60, 90), **options)
     assert_close(by_name[0], expected[0], 2e-5)
+    assert len(by_name) == 2
 
 
-@pytest.mark.parametrize("level_maps", [False, True])
-def test_memory_of_the_caller(level_maps):
+@pytest.mark.parametrize("options", [{}, {"level_maps": True}, {"level_maps": True, "combine_size": (9, 70)}], ids=str)
+def test_memory_of_the_caller(options):
     teacher, student = make_features([(12, 4), (20, 8)], 2, (64, 64))
-    expected = anomaly_map(teacher, student, (50, 40), level_maps=level_maps)
+    expected = anomaly_map(teacher, student, (50, 40), **options)
     out = [np.full_like(array, np.nan) for array in expected]
-    for ours, theirs in zip(anomaly_map(teacher, student, (50, 40), level_maps=level_maps, out=out), out, strict=True):
+    for ours, theirs in zip(anomaly_map(teacher, student, (50, 40), **options, out=out), out, strict=True):
         assert ours is theirs
     tensors = [[torch.from_numpy(level) for level in side] for side in (teacher, student)]
     torch_out = [torch.full_like(torch.from_numpy(array), torch.nan) for array in expected]
-    anomaly_map(*tensors, (50, 40), level_maps=level_maps, out=torch_out)
+    anomaly_map(*tensors, (50, 40), **options, out=torch_out)
     for array, tensor, wanted in zip(out, torch_out, expected, strict=True):
         np.testing.assert_array_equal(array, wanted)
         np.testing.assert_array_equal(tensor, wanted)
@@ -312,7 +314,7 @@ def test_torch_operators_and_their_formula():
         [torch.from_numpy(level) for level in side] for side in make_features([(12, 4), (20, 8)], 2, (64, 64))
     )
     options = {"weights": [0.5, 2.0], "combine": "sum", "level_maps": True}
-    for arguments in ({}, options):
+    for arguments in ({}, options, {**options, "combine_size": (16, 20)}):
         torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 64, 64), arguments)
     out = {"amap": torch.empty(2, 1, 64, 64), "score": torch.empty(2), "level_maps": torch.empty(2, 2, 64, 64)}
     torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map_out.default, (teacher, student), out)
@@ -403,6 +405,8 @@ def test_bad_input(teacher, student, image_size, error, message):
         ({"weights": [float("nan")]}, ValueError, "weights: wanted 1 finite"),
         ({"weights": ["a"]}, TypeError, "weights: wanted a number for each level"),
         ({"weights": 1}, TypeError, "weights: wanted a number for each level"),
+        ({"combine_size": 8}, TypeError, "combine_size: wanted two whole numbers"),
+        ({"combine_size": (0, 8)}, ValueError, r"combine_size: wanted .* of 1 to .*, got \(0, 8\)"),
         ({"weights": {"other": 1}}, ValueError, r"weights: wanted the levels \[0\] in this order, got \['other'\]"),
     ],
 )

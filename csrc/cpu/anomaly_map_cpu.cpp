@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -55,69 +56,109 @@ int64_t positions_per_task(const AnomalyMapParams& params, int num_threads) {
   return size;
 }
 
+/// One step from maps of the levels to pixels of one map, shared out in blocks of rows.
+template <class Real>
+class PixelStep {
+ public:
+  /// `levels`: their maps, [B, height, width] each.
+  PixelStep(const AnomalyMapParams& params, const std::vector<const Real*>& levels)
+      : params_(params),
+        levels_(levels),
+        blocks_(ceil_div(params.height, kRowsPerTask)),
+        block_maximum_(static_cast<size_t>(params.batch * blocks_)),
+        queue_(params.batch * blocks_) {
+    tables_.reserve(levels.size());
+    for (int index = 0; index < params.num_levels; ++index) {
+      tables_.emplace_back(params.levels[index].width, params.width);
+      columns_.push_back(tables_.back().columns());
+    }
+  }
+
+  /// Elements of scratch memory that each thread needs.
+  int64_t scratch_size() const { return 2 * params_.num_levels * params_.width; }
+
+  /// Takes blocks of rows until all are done.
+  void work(Real* scratch) {
+    queue_.work([&](int64_t index) {
+      const int64_t image = index / blocks_, begin = index % blocks_ * kRowsPerTask;
+      const void* maps[kMaxLevels] = {};
+      for (int level = 0; level < params_.num_levels; ++level)
+        maps[level] =
+            levels_[static_cast<size_t>(level)] + image * params_.levels[level].height * params_.levels[level].width;
+      block_maximum_[static_cast<size_t>(index)] = kernels().rows(
+          params_, maps, columns_.data(), image, begin, std::min(begin + kRowsPerTask, params_.height), scratch);
+    });
+    queue_.wait();
+  }
+
+  /// The maximum of one image's map, or NaN if there is one.
+  double maximum(int64_t image) const {
+    double maximum = block_maximum_[static_cast<size_t>(image * blocks_)];
+    for (int64_t block = 1; block < blocks_; ++block) {
+      const double other = block_maximum_[static_cast<size_t>(image * blocks_ + block)];
+      if (other > maximum || std::isnan(other)) maximum = other;
+      if (std::isnan(maximum)) break;
+    }
+    return maximum;
+  }
+
+ private:
+  const AnomalyMapParams params_;
+  const std::vector<const Real*> levels_;
+  const int64_t blocks_;
+  std::vector<double> block_maximum_;
+  std::vector<ColumnTable<Real>> tables_;
+  std::vector<Columns> columns_;
+  TaskQueue queue_;
+};
+
 template <class Real>
 void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
-  const Kernels& kernel = kernels();
+  std::vector<int64_t> offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
+  for (int index = 0; index < params.num_levels; ++index)
+    offset.push_back(offset.back() + params.batch * params.levels[index].height * params.levels[index].width);
+  const int64_t combined_size =
+      combines_in_map(params) ? 0 : params.batch * params.combine_height * params.combine_width;
+  const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(offset.back() + combined_size + kRowPadding)]);
+  Real* const combined = distances.get() + offset.back();
 
-  std::vector<ColumnTable<Real>> tables;
-  tables.reserve(static_cast<size_t>(params.num_levels));
-  std::vector<Columns> columns;
-  std::vector<int64_t> level_offset(1, 0);  // of each level's distance maps, [B, H, W], one after the other
-  const int64_t pixels = params.height * params.width;
-  for (int index = 0; index < params.num_levels; ++index) {
-    const Level& level = params.levels[index];
-    const int64_t positions = level.height * level.width;
-    tables.emplace_back(level.width, params.width);
-    columns.push_back(tables.back().columns());
-    level_offset.push_back(level_offset.back() + params.batch * positions);
-  }
   const int64_t bytes = bytes_of_features(params.levels, params.num_levels, params.batch, params.dtype) +
-                        params.batch * pixels * pixel_bytes(params.dtype);
+                        params.batch * params.height * params.width * pixel_bytes(params.dtype);
   num_threads = threads_for(bytes, num_threads);
   const std::vector<PositionTask> distance_tasks =
       position_tasks(params.levels, params.num_levels, params.batch, positions_per_task(params, num_threads));
-  const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(level_offset.back() + kRowPadding)]);
-  const auto distance_map = [&](int level, int64_t image) {
-    return distances.get() + level_offset[static_cast<size_t>(level)] +
-           image * params.levels[level].height * params.levels[level].width;
-  };
+  TaskQueue distance_queue(static_cast<int64_t>(distance_tasks.size()));
 
-  const int64_t blocks = ceil_div(params.height, kRowsPerTask);  // of rows, in each image
-  std::vector<double> block_maximum(static_cast<size_t>(params.batch * blocks));
+  std::vector<const Real*> levels;
+  for (int index = 0; index < params.num_levels; ++index)
+    levels.push_back(distances.get() + offset[static_cast<size_t>(index)]);
+  std::deque<PixelStep<Real>> steps;
+  if (combines_in_map(params)) {
+    steps.emplace_back(params, levels);
+  } else {
+    steps.emplace_back(combining_step(params, combined), levels);
+    steps.emplace_back(upsampling_step(params), std::vector<const Real*>{combined});
+  }
 
   // All memory is taken here: a thread of the team has no way to report that there is none.
-  const int64_t scratch_size = 2 * params.num_levels * params.width;
+  const int64_t scratch_size = std::max(steps.front().scratch_size(), steps.back().scratch_size());
   const std::unique_ptr<Real[]> all_scratch(new Real[static_cast<size_t>(num_threads * scratch_size)]);
   std::atomic<int> next_member{0};
-
-  TaskQueue distance_queue(static_cast<int64_t>(distance_tasks.size()));
-  TaskQueue row_queue(params.batch * blocks);
   run_team(num_threads, [&] {
     Real* const scratch = all_scratch.get() + next_member.fetch_add(1) * scratch_size;
     distance_queue.work([&](int64_t index) {
       const PositionTask& task = distance_tasks[static_cast<size_t>(index)];
-      kernel.distances(params.dtype, params.levels[task.level], task.image, task.begin, task.end,
-                       distance_map(task.level, task.image));
+      const Level& level = params.levels[task.level];
+      kernels().distances(
+          params.dtype, level, task.image, task.begin, task.end,
+          distances.get() + offset[static_cast<size_t>(task.level)] + task.image * level.height * level.width);
     });
     distance_queue.wait();
-    row_queue.work([&](int64_t index) {
-      const int64_t image = index / blocks, begin = index % blocks * kRowsPerTask;
-      const void* image_distances[kMaxLevels] = {};
-      for (int level = 0; level < params.num_levels; ++level) image_distances[level] = distance_map(level, image);
-      block_maximum[static_cast<size_t>(index)] = kernel.rows(params, image_distances, columns.data(), image, begin,
-                                                              std::min(begin + kRowsPerTask, params.height), scratch);
-    });
+    for (PixelStep<Real>& step : steps) step.work(scratch);
   });
 
-  for (int64_t image = 0; image < params.batch; ++image) {
-    double score = block_maximum[static_cast<size_t>(image * blocks)];
-    for (int64_t block = 1; block < blocks; ++block) {
-      const double maximum = block_maximum[static_cast<size_t>(image * blocks + block)];
-      if (maximum > score || std::isnan(maximum)) score = maximum;
-      if (std::isnan(score)) break;
-    }
-    static_cast<Real*>(params.score)[image] = static_cast<Real>(score);
-  }
+  for (int64_t image = 0; image < params.batch; ++image)
+    static_cast<Real*>(params.score)[image] = static_cast<Real>(steps.back().maximum(image));
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The scorer on CUDA: one launch, in which the blocks first share out the distances of all levels, meet at a barrier,
-// and then share out the pixels. docs/cuda.md has the reckoning behind tiles, threads and barrier.
+// and then share out the pixels (once more, where levels are combined at another size than the map's). docs/cuda.md has
+// the reckoning behind tiles, threads and barrier.
 //
 // Distances pass through memory that the caller supplies (0.5 % of the bytes for ResNet18; it stays in the L2 cache).
 // Every sum has one order and the score is a maximum, so the result is the same to the bit from run to run.
@@ -18,20 +19,26 @@ namespace {
 constexpr int kClusterBlocks = 8;  // the most that every GPU with clusters has
 constexpr int kRows = 4;           // of the map, that a thread computes at a time
 
-/// What one launch needs beyond the parameters of the call.
-struct Launch {
+/// One step from maps of the levels to pixels of one map.
+struct PixelStep {
   AnomalyMapParams params;
-  void* distances;  // [B, H, W] of each level, one after the other
-  Tiling tiling;
+  void* levels[kMaxLevels];               // their maps, [B, height, width] each
   int64_t column_units, units_per_image;  // of pixels
   double row_scale[kMaxLevels], column_scale[kMaxLevels];
+};
+
+/// What one launch needs.
+struct Launch {
+  Tiling tiling;
+  PixelStep steps[2];  // the first reads the distances, the last writes the map
+  int num_steps;
   bool clusters;  // a cluster of blocks for each image; otherwise all blocks for all images
 };
 
 template <class Real>
-__device__ Real* distances_of(const Launch& launch, int level, int64_t image) {
-  return static_cast<Real*>(launch.distances) + launch.tiling.offset[level] +
-         image * launch.params.levels[level].height * launch.params.levels[level].width;
+__device__ Real* level_of(const PixelStep& step, int index, int64_t image) {
+  const Level& level = step.params.levels[index];
+  return static_cast<Real*>(step.levels[index]) + image * level.height * level.width;
 }
 
 /// The blocks that meet at a barrier, and the images that are theirs.
@@ -42,7 +49,7 @@ struct Team {
 
 __device__ Team team_of(const Launch& launch) {
   if (launch.clusters) return {blockIdx.x % kClusterBlocks, kClusterBlocks, blockIdx.x / kClusterBlocks, 1};
-  return {blockIdx.x, gridDim.x, 0, launch.params.batch};
+  return {blockIdx.x, gridDim.x, 0, launch.steps[0].params.batch};
 }
 
 __device__ void team_barrier(const Launch& launch) {
@@ -62,10 +69,11 @@ struct Shared {
 
 template <class T, class Real>
 __device__ void distances_of_tile(const Launch& launch, int64_t image, int64_t index, Shared<Real>& shared) {
-  const Tile tile = tile_of(launch.tiling, launch.params.num_levels, index);
-  Real* const distances = distances_of<Real>(launch, tile.level, image);
+  const AnomalyMapParams& params = launch.steps[0].params;
+  const Tile tile = tile_of(launch.tiling, params.num_levels, index);
+  Real* const distances = level_of<Real>(launch.steps[0], tile.level, image);
   dot_products_of_tile<T>(
-      launch.tiling, launch.params.levels, image, tile, shared.partial, [&](int64_t position, const DotProducts& sum) {
+      launch.tiling, params.levels, image, tile, shared.partial, [&](int64_t position, const DotProducts& sum) {
         distances[position] =
             static_cast<Real>(half_squared_distance(sum.teacher_teacher, sum.student_student, sum.teacher_student));
       });
@@ -82,19 +90,19 @@ __device__ unsigned long long ordered_bits(double value) {
 
 /// One pixel of each of kRows rows of the map: a thread for each column. Returns their maximum, as ordered bits.
 template <class Combine, class Real>
-__device__ auto map_of_column(const Launch& launch, int64_t image, int64_t first_row, int64_t column,
+__device__ auto map_of_column(const PixelStep& step, int64_t image, int64_t first_row, int64_t column,
                               const Shared<Real>& shared) {
-  const AnomalyMapParams& params = launch.params;
+  const AnomalyMapParams& params = step.params;
   const int64_t pixels = params.height * params.width;
   Real combined[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) combined[i] = Combine::identity;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
-    const Real* const distances = distances_of<Real>(launch, index, image);
-    const auto x = interpolation<Real>(column, level.width, launch.column_scale[index]);
+    const Real* const level_map = level_of<Real>(step, index, image);
+    const auto x = interpolation<Real>(column, level.width, step.column_scale[index]);
     const auto stretched = [&](int64_t row) {
-      const Real* const samples = distances + row * level.width;
+      const Real* const samples = level_map + row * level.width;
       return x.low_weight * samples[x.low] + x.high_weight * samples[x.high];
     };
     Combine combine{level.weight};
@@ -128,21 +136,21 @@ __device__ auto map_of_column(const Launch& launch, int64_t image, int64_t first
   return maximum;
 }
 
-/// A unit of pixels, kRows rows of kThreads columns of one image, and its part in the image's score.
+/// A unit of pixels, kRows rows of kThreads columns of one image, and in the last step its part in the image's score.
 template <class Combine, class Real>
-__device__ void map_of_unit(const Launch& launch, int64_t image, int64_t unit, Shared<Real>& shared) {
+__device__ void map_of_unit(const PixelStep& step, bool last, int64_t image, int64_t unit, Shared<Real>& shared) {
   using Bits = decltype(ordered_bits(Real(0)));
-  const AnomalyMapParams& params = launch.params;
-  const int64_t first_row = unit / launch.column_units * kRows;
-  const int64_t column = unit % launch.column_units * kThreads + threadIdx.x;
+  const AnomalyMapParams& params = step.params;
+  const int64_t first_row = unit / step.column_units * kRows;
+  const int64_t column = unit % step.column_units * kThreads + threadIdx.x;
   __syncthreads();
   for (int i = threadIdx.x; i < params.num_levels * kRows; i += kThreads) {
     const int index = i / kRows, row = i % kRows;
-    shared.rows[index][row] =
-        interpolation<Real>(first_row + row, params.levels[index].height, launch.row_scale[index]);
+    shared.rows[index][row] = interpolation<Real>(first_row + row, params.levels[index].height, step.row_scale[index]);
   }
   __syncthreads();
-  Bits maximum = column < params.width ? map_of_column<Combine>(launch, image, first_row, column, shared) : 0;
+  Bits maximum = column < params.width ? map_of_column<Combine>(step, image, first_row, column, shared) : 0;
+  if (!last) return;
 #pragma unroll
   for (int lane_bit = kWarp / 2; lane_bit > 0; lane_bit /= 2) {
     const Bits other = __shfl_xor_sync(0xffffffffu, maximum, lane_bit);
@@ -158,30 +166,54 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const Team team = team_of(launch);
   if (team.rank == 0)
     for (int64_t i = threadIdx.x; i < team.images; i += kThreads)
-      static_cast<RealOf<T>*>(launch.params.score)[team.first_image + i] = 0;
+      static_cast<RealOf<T>*>(launch.steps[0].params.score)[team.first_image + i] = 0;
   for (int64_t i = team.rank; i < team.images * launch.tiling.tiles_per_image; i += team.size)
     distances_of_tile<T>(launch, team.first_image + i / launch.tiling.tiles_per_image,
                          i % launch.tiling.tiles_per_image, shared);
-  team_barrier(launch);
-  for (int64_t i = team.rank; i < team.images * launch.units_per_image; i += team.size)
-    map_of_unit<Combine>(launch, team.first_image + i / launch.units_per_image, i % launch.units_per_image, shared);
+#pragma unroll 1
+  for (int index = 0; index < launch.num_steps; ++index) {
+    const PixelStep& step = launch.steps[index];
+    team_barrier(launch);
+    for (int64_t i = team.rank; i < team.images * step.units_per_image; i += team.size)
+      map_of_unit<Combine>(step, index == launch.num_steps - 1, team.first_image + i / step.units_per_image,
+                           i % step.units_per_image, shared);
+  }
 }
 
 // ---- host
 
+/// A step that finds the maps of its levels one after the other, from `maps` on.
+template <class Real>
+PixelStep pixel_step(const AnomalyMapParams& params, Real* maps) {
+  PixelStep step{};
+  step.params = params;
+  for (int index = 0; index < params.num_levels; ++index) {
+    const Level& level = params.levels[index];
+    step.levels[index] = maps;
+    maps += params.batch * level.height * level.width;
+    step.row_scale[index] = interpolation_scale(level.height, params.height);
+    step.column_scale[index] = interpolation_scale(level.width, params.width);
+  }
+  step.column_units = ceil_div(params.width, kThreads);
+  step.units_per_image = ceil_div(params.height, kRows) * step.column_units;
+  return step;
+}
+
 template <class T>
-Launch prepare(const AnomalyMapParams& params, void* distances) {
+Launch prepare(const AnomalyMapParams& params, void* scratch) {
   Launch launch{};
-  launch.params = params;
-  launch.distances = distances;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
     add_level<T>(launch.tiling, index, level, params.batch, layout_of<T>(level, params.batch));
-    launch.row_scale[index] = interpolation_scale(level.height, params.height);
-    launch.column_scale[index] = interpolation_scale(level.width, params.width);
   }
-  launch.column_units = ceil_div(params.width, kThreads);
-  launch.units_per_image = ceil_div(params.height, kRows) * launch.column_units;
+  RealOf<T>* const distances = static_cast<RealOf<T>*>(scratch);
+  RealOf<T>* const combined = distances + launch.tiling.positions;
+  if (combines_in_map(params)) {
+    launch.steps[launch.num_steps++] = pixel_step(params, distances);
+  } else {
+    launch.steps[launch.num_steps++] = pixel_step(combining_step(params, combined), distances);
+    launch.steps[launch.num_steps++] = pixel_step(upsampling_step(params), combined);
+  }
   return launch;
 }
 
@@ -195,8 +227,8 @@ auto kernel_for(const AnomalyMapParams& params) {
 }
 
 template <class T>
-void enqueue(const AnomalyMapParams& params, void* distances, int device, cudaStream_t stream) {
-  Launch launch = prepare<T>(params, distances);
+void enqueue(const AnomalyMapParams& params, void* scratch, int device, cudaStream_t stream) {
+  Launch launch = prepare<T>(params, scratch);
   const auto kernel = kernel_for<T>(params);
   const int64_t processors = attribute_of(device, cudaDevAttrMultiProcessorCount);
 
@@ -206,8 +238,9 @@ void enqueue(const AnomalyMapParams& params, void* distances, int device, cudaSt
   launch.clusters = code.ptxVersion >= 90 && params.batch * kClusterBlocks >= processors;
   int64_t blocks = params.batch * kClusterBlocks;
   if (!launch.clusters)
-    blocks = std::min(std::max(params.batch * launch.tiling.tiles_per_image, params.batch * launch.units_per_image),
-                      kBlocksPerProcessor * processors);  // all of which run at once, by the launch bounds
+    blocks = std::min(
+        params.batch * std::max(launch.tiling.tiles_per_image, launch.steps[launch.num_steps - 1].units_per_image),
+        kBlocksPerProcessor * processors);  // all of which run at once, by the launch bounds
   if (blocks > INT32_MAX) throw std::invalid_argument("teacher: wanted a batch of at most 268435455 on CUDA");
 
   cudaLaunchAttribute attribute{};
@@ -224,10 +257,10 @@ void enqueue(const AnomalyMapParams& params, void* distances, int device, cudaSt
 
 }  // namespace
 
-void anomaly_map_cuda(const AnomalyMapParams& params, void* distances, int device, void* stream) {
+void anomaly_map_cuda(const AnomalyMapParams& params, void* scratch, int device, void* stream) {
   if (params.batch == 0) return;
   with_type_on(device, params.dtype, [&](auto element) {
-    enqueue<decltype(element)>(params, distances, device, static_cast<cudaStream_t>(stream));
+    enqueue<decltype(element)>(params, scratch, device, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -25,10 +25,10 @@ int run(const cuda_on_threads::Device& device, char* error, size_t error_size, c
 
 }  // namespace
 
-extern "C" int anomaly_map_on_threads(const stfpm_ext::AnomalyMapParams* params, void* distances, int device,
+extern "C" int anomaly_map_on_threads(const stfpm_ext::AnomalyMapParams* params, void* scratch, int device,
                                       int processors, int ptx_version, int has_image, char* error, size_t error_size) {
   return run({processors, ptx_version, has_image != 0, 0}, error, error_size,
-             [&] { stfpm_ext::anomaly_map_cuda(*params, distances, device, nullptr); });
+             [&] { stfpm_ext::anomaly_map_cuda(*params, scratch, device, nullptr); });
 }
 
 extern "C" int feature_matching_on_threads(const stfpm_ext::FeatureMatchingParams* params, void* loss,
