@@ -8,8 +8,7 @@ CPP_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* tests/cuda_on_threads/
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* autoload/* anomalib_stfpm_ext/*.py*)
 
 FUZZ_SECONDS ?= 600
-SCORER_TESTS := tests/test_scorer.py tests/test_properties.py tests/test_processes.py tests/test_cuda_on_threads.py \
-	tests/test_loss.py
+TESTS_OF_CSRC := $(addprefix tests/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py)
 
 .PHONY: test demo fuzz sanitize lint format clean
 
@@ -19,7 +18,7 @@ test: .venv/test.stamp
 fuzz: .venv/test.stamp
 	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/test_properties.py
 
-# The scorer's tests on builds with sanitizers, which PYTHONPATH puts before the build in .venv. Leaks are not looked
+# The tests of csrc/ on builds with sanitizers, which PYTHONPATH puts before the build in .venv. Leaks are not looked
 # for, since Python and torch leave theirs; nor what happens at the interpreter's end, where UBSan objects to pybind11.
 # ThreadSanitizer takes minutes for all tests, so it gets those in which threads meet.
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -28,9 +27,10 @@ address_SANITIZERS := address,undefined
 thread_SANITIZERS := thread
 sanitize: build/address.stamp build/thread.stamp
 	$(call PRELOAD,libasan.so,address) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-		$(BIN)/pytest --capture=sys $(SCORER_TESTS) -k "not interpreter_ends"
+		$(BIN)/pytest --capture=sys $(TESTS_OF_CSRC) -k "not interpreter_ends"
 	$(call PRELOAD,libtsan.so,thread) TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-		setarch -R $(BIN)/pytest --capture=sys $(SCORER_TESTS) -k "(threads or layouts or reference or combinations) and not fork"
+		setarch -R $(BIN)/pytest --capture=sys $(TESTS_OF_CSRC) \
+		-k "(threads or layouts or reference or combin) and not fork"
 
 build/%.stamp: .venv/test.stamp
 	$(BIN)/pip install --no-deps --upgrade --target build/$* \
