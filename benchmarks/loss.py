@@ -3,8 +3,9 @@
 """Times the loss forward and backward beside its formula in torch operations, eager and under torch.compile.
 
 They take turns in one process, so that a busy machine slows all of them, and before each step the caches are emptied;
-every figure is a median. The memory is the most that torch's allocator holds at a time beyond the features, the
-student's gradient included, which all must make.
+every figure is a median. The floor is what the machine needs to read the features twice, forward and backward, and to
+write the gradient, at the read and write speed measured in the same run. The memory is the most that torch's allocator
+holds at a time beyond the features, the student's gradient included, which all must make.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from common import (
     CacheEviction,
     describe_machine,
     make_features,
+    measure_bandwidth,
     nbytes,
     print_machine,
     save,
@@ -46,7 +48,7 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     return peak
 
 
-def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float, bandwidth: dict[str, float]) -> dict[str, Any]:
     """Time one case after making sure that all candidates compute the same."""
     teacher, student = make_features(batch, 256, layout, dtype)
     for level in student:
@@ -78,6 +80,7 @@ def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float) -> dict
     gradient_bytes = nbytes(student)
     return case | {
         "seconds": time_in_turns(steps, seconds, before=CacheEviction()),
+        "floor": 2 * nbytes(teacher, student) / bandwidth["read"] + gradient_bytes / bandwidth["write"],
         "peak_bytes": memory,
         "gradient_bytes": gradient_bytes,
     }
@@ -89,7 +92,7 @@ LOSSES = {"eager": formula, "compiled": torch.compile(formula), "ours": StfpmExt
 def print_table(cases: list[dict[str, Any]]) -> None:
     """Print one row for each case."""
     table = Table(title="loss of ResNet18 features at 256x256, forward and backward: milliseconds (median), peak MB")
-    columns = ["batch", "layout", "dtype", *LOSSES, "x eager", "x compiled"]
+    columns = ["batch", "layout", "dtype", *LOSSES, "floor", "x eager", "x compiled", "of floor"]
     for column in (*columns, *(f"MB {name}" for name in LOSSES), "MB gradient"):
         table.add_column(column, justify="right")
     for case in cases:
@@ -97,7 +100,9 @@ def print_table(cases: list[dict[str, Any]]) -> None:
         table.add_row(
             *(str(case[key]) for key in ("batch", "layout", "dtype")),
             *(f"{1e3 * seconds[name]:.1f}" for name in LOSSES),
+            f"{1e3 * case['floor']:.1f}",
             *(f"{seconds[peer] / seconds['ours']:.1f}" for peer in ("eager", "compiled")),
+            f"{case['floor'] / seconds['ours']:.0%}",
             *(f"{case['peak_bytes'][name] / 1e6:.1f}" for name in LOSSES),
             f"{case['gradient_bytes'] / 1e6:.1f}",
         )
@@ -113,10 +118,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
-    machine = describe_machine()
+    machine = describe_machine() | {"bandwidth": measure_bandwidth()}
     print_machine(machine)
     cases = [
-        measure(batch, layout, getattr(torch, dtype), arguments.seconds)
+        measure(batch, layout, getattr(torch, dtype), arguments.seconds, machine["bandwidth"])
         for dtype in arguments.dtypes
         for batch in arguments.batches
         for layout in LAYOUTS
