@@ -3,6 +3,7 @@
 """What the benchmarks share: features, clocks, the machine. It needs torch alone, as CUDA machines lack anomalib."""
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -11,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports each start otherwise
+
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from anomalib_stfpm_ext import _core
 
@@ -95,14 +99,16 @@ def time_in_turns(
     seconds: float,
     clock: Callable[[Callable[[], Any]], float] | None = None,
     before: Callable[[], Any] = lambda: None,
+    turns: int = 5,
 ) -> dict[str, float]:
     """Return the median seconds of each candidate.
 
     Args:
         candidates (dict[str, Callable]): What to time. All run in turn, so that a busy machine slows all of them.
-        seconds (float): How long to go on; five turns at least.
+        seconds (float): How long to go on.
         clock (Callable | None): Takes a candidate and returns its seconds. Defaults to the CPU's.
         before (Callable): Called before each candidate, outside its time.
+        turns (int): The fewest turns.
 
     Returns:
         dict[str, float]: The medians by name.
@@ -112,7 +118,7 @@ def time_in_turns(
     for candidate in candidates.values():
         candidate()
     deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times[next(iter(times))]) < 5:
+    while time.perf_counter() < deadline or len(times[next(iter(times))]) < turns:
         for name, candidate in candidates.items():
             before()
             times[name].append(clock(candidate))
@@ -133,6 +139,23 @@ class CacheEviction:
         self.buffer.sum()
 
 
+def peak_bytes(step: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Return the most memory that torch's allocator holds at a time during a step, beyond what it held before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 def measure_bandwidth() -> dict[str, float]:
     """Measure how many bytes a second torch reads (sum) and writes (fill) with its threads, far beyond the caches."""
     buffer = torch.ones(1 << 28)  # 1 GiB
@@ -147,7 +170,7 @@ def print_machine(machine: dict[str, Any]) -> None:
         print(", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in machine["bandwidth"].items()))
 
 
-def save(file: Path, machine: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+def save(file: Path, machine: dict[str, Any], cases: list[dict[str, Any]], **more: Any) -> None:
     """Write the figures as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+    file.write_text(json.dumps({"machine": machine, "cases": cases, **more}, indent=1) + "\n")

@@ -9,12 +9,9 @@ holds at a time beyond the features, the student's gradient included, which all 
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports each start otherwise
 
 import torch
 from common import (
@@ -24,28 +21,16 @@ from common import (
     make_features,
     measure_bandwidth,
     nbytes,
+    peak_bytes,
     print_machine,
     save,
     time_in_turns,
 )
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
 from anomalib_stfpm_ext import StfpmExtLoss
 from anomalib_stfpm_ext.loss import formula
-
-
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """Return the most memory that a step holds at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float, bandwidth: dict[str, float]) -> dict[str, Any]:
