@@ -2,44 +2,40 @@
 
 """Times the loss forward and backward beside its formula in torch operations, eager and under torch.compile.
 
-They take turns in one process, so that a busy machine slows all of them; every figure is a median. The memory is the
-most that torch's allocator holds at a time beyond the features, the student's gradient included, which all must make.
+They take turns in one process, so that a busy machine slows all of them, and before each step the caches are emptied;
+every figure is a median. The floor is what the machine needs to read the features twice, forward and backward, and to
+write the gradient, at the read and write speed measured in the same run. The memory is the most that torch's allocator
+holds at a time beyond the features, the student's gradient included, which all must make.
 """
 
 import argparse
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports each start otherwise
-
 import torch
+from common import (
+    LAYOUTS,
+    CacheEviction,
+    describe_machine,
+    make_features,
+    measure_bandwidth,
+    nbytes,
+    peak_bytes,
+    print_machine,
+    save,
+    time_in_turns,
+)
 from rich.console import Console
 from rich.table import Table
-from scorer import LAYOUTS, cpu_model, make_features, time_in_turns
-from torch.profiler import ProfilerActivity, profile
 
-from anomalib_stfpm_ext import StfpmExtLoss, _core
+from anomalib_stfpm_ext import StfpmExtLoss
 from anomalib_stfpm_ext.loss import formula
 
 
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """Return the most memory that a step holds at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float, bandwidth: dict[str, float]) -> dict[str, Any]:
     """Time one case after making sure that all candidates compute the same."""
-    teacher, student = (list(side.values()) for side in make_features(batch, 256, layout, dtype))
+    teacher, student = make_features(batch, 256, layout, dtype)
     for level in student:
         level.requires_grad_()
     torch.compiler.reset()
@@ -66,8 +62,13 @@ def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float) -> dict
         torch.testing.assert_close(gradients[name], gradients["ours"], rtol=1e-3, atol=1e-8)
     del gradients
     case = {"batch": batch, "layout": layout, "dtype": str(dtype).removeprefix("torch.")}
-    features = sum(level.nbytes for level in student)
-    return case | {"seconds": time_in_turns(steps, seconds), "peak_bytes": memory, "gradient_bytes": features}
+    gradient_bytes = nbytes(student)
+    return case | {
+        "seconds": time_in_turns(steps, seconds, before=CacheEviction()),
+        "floor": 2 * nbytes(teacher, student) / bandwidth["read"] + gradient_bytes / bandwidth["write"],
+        "peak_bytes": memory,
+        "gradient_bytes": gradient_bytes,
+    }
 
 
 LOSSES = {"eager": formula, "compiled": torch.compile(formula), "ours": StfpmExtLoss()}
@@ -76,19 +77,21 @@ LOSSES = {"eager": formula, "compiled": torch.compile(formula), "ours": StfpmExt
 def print_table(cases: list[dict[str, Any]]) -> None:
     """Print one row for each case."""
     table = Table(title="loss of ResNet18 features at 256x256, forward and backward: milliseconds (median), peak MB")
-    for column in ("batch", "layout", "dtype", *LOSSES, "x eager", "x compiled", *(f"MB {name}" for name in LOSSES)):
+    columns = ["batch", "layout", "dtype", *LOSSES, "floor", "x eager", "x compiled", "of floor"]
+    for column in (*columns, *(f"MB {name}" for name in LOSSES), "MB gradient"):
         table.add_column(column, justify="right")
-    table.add_column("MB gradient", justify="right")
     for case in cases:
         seconds = case["seconds"]
         table.add_row(
             *(str(case[key]) for key in ("batch", "layout", "dtype")),
             *(f"{1e3 * seconds[name]:.1f}" for name in LOSSES),
+            f"{1e3 * case['floor']:.1f}",
             *(f"{seconds[peer] / seconds['ours']:.1f}" for peer in ("eager", "compiled")),
+            f"{case['floor'] / seconds['ours']:.0%}",
             *(f"{case['peak_bytes'][name] / 1e6:.1f}" for name in LOSSES),
             f"{case['gradient_bytes'] / 1e6:.1f}",
         )
-    Console(width=140).print(table)
+    Console(width=150).print(table)
 
 
 def main() -> None:
@@ -100,24 +103,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
-    machine = {
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "isa": _core.selected_isa(),
-        "compiler": _core.compiler,
-        "torch": torch.__version__,
-    }
-    print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}")
+    machine = describe_machine() | {"bandwidth": measure_bandwidth()}
+    print_machine(machine)
     cases = [
-        measure(batch, layout, getattr(torch, dtype), arguments.seconds)
+        measure(batch, layout, getattr(torch, dtype), arguments.seconds, machine["bandwidth"])
         for dtype in arguments.dtypes
         for batch in arguments.batches
         for layout in LAYOUTS
     ]
     print_table(cases)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+        save(arguments.json, machine, cases)
 
 
 if __name__ == "__main__":

@@ -2,70 +2,37 @@
 
 """Times the scorer beside anomalib's map generator, eager and under torch.compile, in one process.
 
-They take turns, so that a busy machine slows all of them, and each finds the caches full of another's data; every
-figure is a median. Two floors stand beside them: what the machine needs to read the features once and write the map
-once, at the read and write speed measured in the same run; and torch's own sum over the same features. "out=" is ours
-with memory of the caller, which spares the page faults of a fresh map.
+They take turns, so that a busy machine slows all of them, and before each call the caches are emptied. Every figure is
+a median. Two floors stand beside them: what the machine needs to read the features once and write the map once, at the
+read and write speed measured in the same run; and torch's own sum over the same features. "out=" is ours with memory of
+the caller, which spares the page faults of a fresh map; "core" is the compiled function alone on that memory, without
+Python's checks and torch's dispatch.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
+from common import (
+    LAYOUTS,
+    RESNET18,
+    CacheEviction,
+    describe_machine,
+    make_features,
+    measure_bandwidth,
+    nbytes,
+    print_machine,
+    save,
+    time_in_turns,
+)
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from anomalib_stfpm_ext import _core, anomaly_map
-
-RESNET18 = ((64, 4), (128, 8), (256, 16))  # channels and stride of each level
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def cpu_model() -> str:
-    """Name the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def make_features(batch: int, size: int, layout: str, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
-    """Make the features of a ResNet18's teacher and student for images of one size."""
-    teacher, student = {}, {}
-    for channels, stride in RESNET18:
-        features = torch.randn(batch, channels, size // stride, size // stride)
-        for side, noise in ((teacher, 0.0), (student, 0.1)):
-            noisy = features + noise * torch.randn_like(features)
-            side[f"stride {stride}"] = noisy.to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    return [teacher, student]
-
-
-def time_in_turns(candidates: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Return the median seconds of each candidate; all run in turn until the time is up, five times at least."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for candidate in candidates.values():
-        candidate()
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times[next(iter(times))]) < 5:
-        for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(samples) for name, samples in times.items()}
-
-
-def measure_bandwidth() -> dict[str, float]:
-    """Measure how many bytes a second torch reads (sum) and writes (fill) with its threads, far beyond the caches."""
-    buffer = torch.ones(1 << 28)  # 1 GiB
-    seconds = time_in_turns({"read": buffer.sum, "write": lambda: buffer.fill_(1.0)}, 2.0)
-    return {name: buffer.nbytes / duration for name, duration in seconds.items()}
+from anomalib_stfpm_ext.scorer import check_options, core_call
 
 
 def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: dict[str, float]) -> dict[str, Any]:
@@ -74,23 +41,30 @@ def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: d
     generator = AnomalyMapGenerator()
     torch.compiler.reset()
     compiled = torch.compile(AnomalyMapGenerator())
-    arguments = {"teacher_features": teacher, "student_features": student, "image_size": (size, size)}
-    out = [torch.zeros(batch, 1, size, size), torch.zeros(batch)]
-    candidates = {  # ours after the slowest, which leaves the least of the features in the caches
-        "sum": lambda: [level.sum() for side in (teacher, student) for level in side.values()],
-        "eager": lambda: generator(**arguments).amax(dim=(1, 2, 3)),
-        "ours": lambda: anomaly_map(teacher, student, (size, size)),
-        "compiled": lambda: compiled(**arguments).amax(dim=(1, 2, 3)),
-        "ours, out=": lambda: anomaly_map(teacher, student, (size, size), out=out),
+    arguments = {
+        "teacher_features": dict(enumerate(teacher)),
+        "student_features": dict(enumerate(student)),
+        "image_size": (size, size),
     }
+    out = [torch.zeros(batch, 1, size, size), torch.zeros(batch)]
+    options = check_options(None, "product", False, RESNET18)
+    call = core_call(teacher, student, out, options, torch.Tensor.data_ptr, torch.Tensor.stride)
+    candidates = {
+        "sum": lambda: [level.sum() for side in (teacher, student) for level in side],
+        "eager": lambda: generator(**arguments).amax(dim=(1, 2, 3)),
+        "compiled": lambda: compiled(**arguments).amax(dim=(1, 2, 3)),
+        "ours": lambda: anomaly_map(teacher, student, (size, size)),
+        "ours, out=": lambda: anomaly_map(teacher, student, (size, size), out=out),
+        "core": lambda: _core.anomaly_map(call, torch.get_num_threads()),
+    }
+    scores = anomaly_map(teacher, student, (size, size))[1]
+    candidates["core"]()
+    torch.testing.assert_close(out[1], scores, rtol=0, atol=0)
     if dtype == torch.float32:
         for name in ("eager", "compiled"):
-            torch.testing.assert_close(
-                candidates[name](), anomaly_map(teacher, student, (size, size))[1], rtol=1e-3, atol=0
-            )
-    seconds = time_in_turns(candidates, 3.0)
-    read = sum(level.nbytes for side in (teacher, student) for level in side.values())
-    floor = read / bandwidth["read"] + 4 * batch * size**2 / bandwidth["write"]
+            torch.testing.assert_close(candidates[name](), scores, rtol=1e-3, atol=0)
+    seconds = time_in_turns(candidates, 3.0, before=CacheEviction())
+    floor = nbytes(teacher, student) / bandwidth["read"] + out[0].nbytes / bandwidth["write"]
     case = {"batch": batch, "size": size, "layout": layout, "dtype": str(dtype).removeprefix("torch.")}
     return case | {"seconds": seconds, "floor": floor}
 
@@ -121,6 +95,7 @@ def print_table(cases: list[dict[str, Any]]) -> None:
         "compiled",
         "ours",
         "out=",
+        "core",
         "sum",
         "floor",
         "x eager",
@@ -132,7 +107,7 @@ def print_table(cases: list[dict[str, Any]]) -> None:
         seconds = case["seconds"]
         table.add_row(
             *(str(case[key]) for key in ("batch", "size", "layout", "dtype")),
-            *(f"{1e3 * seconds[name]:.3f}" for name in ("eager", "compiled", "ours", "ours, out=", "sum")),
+            *(f"{1e3 * seconds[name]:.3f}" for name in ("eager", "compiled", "ours", "ours, out=", "core", "sum")),
             f"{1e3 * case['floor']:.3f}",
             *(f"{seconds[peer] / seconds['ours']:.1f}" for peer in ("eager", "compiled")),
             f"{case['floor'] / seconds['ours']:.0%}",
@@ -182,17 +157,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     bandwidth = measure_bandwidth()
-    machine = {
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "isa": _core.selected_isa(),
-        "compiler": _core.compiler,
-        "torch": torch.__version__,
-        "bandwidth": bandwidth,
-        "call_seconds": measure_overhead(),
-    }
-    print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}")
-    print(f"read {bandwidth['read'] / 1e9:.1f} GB/s, write {bandwidth['write'] / 1e9:.1f} GB/s")
+    machine = describe_machine() | {"bandwidth": bandwidth, "call_seconds": measure_overhead()}
+    print_machine(machine)
     for name, seconds in machine["call_seconds"].items():
         print(f"a call in a row, {name}: {1e6 * seconds:.0f} microseconds")
     cases = [
@@ -203,8 +169,7 @@ def main() -> None:
     ]
     print_table(cases)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+        save(arguments.json, machine, cases)
     if arguments.plot:
         draw(cases, arguments.plot)
 

@@ -10,22 +10,18 @@ The floor is what the device needs for the compulsory bytes at the copy bandwidt
 
 import argparse
 import itertools
-import json
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import LAYOUTS, Pyramid, Timer, describe_machine, make_features, nbytes, save, time_in_turns
 from torch.nn import functional as F
 
 from anomalib_stfpm_ext import _core, anomaly_map
 
-RESNET18 = ((64, 4), (128, 8), (256, 16))  # channels and stride of each level
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-Pyramid = list[torch.Tensor]
 Scorer = Callable[[Pyramid, Pyramid], torch.Tensor]
 
 
@@ -56,37 +52,6 @@ def generator(size: int) -> Scorer:
     return lambda teacher, student: amap(teacher, student).amax(dim=(1, 2, 3))
 
 
-class Timer:
-    """Time on a device; on the CPU, for trying this script out, time on the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def device_seconds(self, work: Callable[[], Any]) -> float:
-        """Return what the device takes for all that `work` enqueues."""
-        if not self.cuda:
-            return self.wall_seconds(work)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def wall_seconds(self, work: Callable[[], Any]) -> float:
-        """Return the seconds until `work` is done."""
-        self.synchronize()
-        start = time.perf_counter()
-        work()
-        self.synchronize()
-        return time.perf_counter() - start
-
-
 def copy_bandwidth(device: torch.device, timer: Timer) -> float:
     """Measure the bytes a second, read and written, of a copy far beyond the caches."""
     source = torch.ones(1 << 28, device=device)  # 1 GiB
@@ -95,17 +60,13 @@ def copy_bandwidth(device: torch.device, timer: Timer) -> float:
     return 2 * source.nbytes / statistics.median(timer.device_seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
-def make_sets(batch: int, size: int, layout: str, dtype: torch.dtype, device: torch.device, total: int) -> list[Any]:
+def make_sets(
+    batch: int, size: int, layout: str, dtype: torch.dtype, device: torch.device, total: int
+) -> list[tuple[Pyramid, Pyramid]]:
     """Make sets of features of teacher and student, together at least `total` bytes, three at least."""
-    sets: list[Any] = []
-    while len(sets) < 3 or len(sets) * sum(level.nbytes for side in sets[0] for level in side) < total:
-        teacher, student = [], []
-        for channels, stride in RESNET18:
-            level = torch.randn(batch, channels, size // stride, size // stride, device=device)
-            for side, noise in ((teacher, 0.0), (student, 0.1)):
-                noisy = (level + noise * torch.randn_like(level)).to(dtype)
-                side.append(noisy.contiguous(memory_format=LAYOUTS[layout]))
-        sets.append((teacher, student))
+    sets = [make_features(batch, size, layout, dtype, device)]
+    while len(sets) < 3 or len(sets) * nbytes(*sets[0]) < total:
+        sets.append(make_features(batch, size, layout, dtype, device))
     return sets
 
 
@@ -148,26 +109,17 @@ def measure(
     works: dict[str, Callable[[], Any]] = {name: lambda c=c: all_sets(c) for name, c in candidates.items()}
     if timer.cuda:
         works |= {f"{name}, graph": capture(work) for name, work in works.items()}
-    times: dict[str, list[float]] = {name: [] for name in works}
-    walls: dict[str, list[float]] = {name: [] for name in candidates}
-    for work in works.values():
-        work()
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline or len(walls["ours"]) < 3:
-        for name, work in works.items():
-            times[name].append(timer.device_seconds(work) / len(sets))
-        for index, (name, candidate) in enumerate(candidates.items()):
-            teacher, student = sets[(len(walls[name]) + index) % len(sets)]
-            walls[name].append(timer.wall_seconds(lambda c=candidate, t=teacher, s=student: c(t, s)))
-    compulsory = sum(level.nbytes for side in sets[0] for level in side) + 4 * batch * size**2
+    device_seconds = time_in_turns(works, seconds / 2, timer.device_seconds)
+    features = itertools.cycle(sets)
+    single = {name: lambda c=candidate: c(*next(features)) for name, candidate in candidates.items()}
     return {
         "batch": batch,
         "size": size,
         "layout": layout,
         "dtype": str(dtype).removeprefix("torch."),
-        "device_seconds": {name: statistics.median(samples) for name, samples in times.items()},
-        "wall_seconds": {name: statistics.median(samples) for name, samples in walls.items()},
-        "floor": compulsory / bandwidth,
+        "device_seconds": {name: duration / len(sets) for name, duration in device_seconds.items()},
+        "wall_seconds": time_in_turns(single, seconds / 2, timer.wall_seconds),
+        "floor": (nbytes(*sets[0]) + 4 * batch * size**2) / bandwidth,
     }
 
 
@@ -204,8 +156,8 @@ def main() -> None:
         parser.error("a CUDA device and a build with CUDA are needed")
 
     bandwidth = copy_bandwidth(device, Timer(device))
-    machine = {"torch": torch.__version__, "cuda": torch.version.cuda, "copy_bandwidth": bandwidth}
-    machine |= {"scorer_holds": _core.cuda_architectures, "compiler": _core.compiler}
+    machine = describe_machine() | {"cuda": torch.version.cuda, "copy_bandwidth": bandwidth}
+    machine["scorer_holds"] = _core.cuda_architectures
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         machine["gpu"] = torch.cuda.get_device_name(device)
@@ -218,7 +170,7 @@ def main() -> None:
         cases.append(measure(batch, size, layout, getattr(torch, dtype), device, bandwidth, arguments.seconds))
         print(table(cases).splitlines()[-1], flush=True)
         if arguments.json:  # after each case, so that a session which is cut off keeps what it has
-            arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+            save(arguments.json, machine, cases)
         if arguments.table:
             arguments.table.write_text(f"{heading}\n\n{table(cases)}\n")
 

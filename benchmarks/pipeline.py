@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Times the way from an image to its verdict, and a training epoch: anomalib's Stfpm and StfpmExt, side by side.
+
+ResNet18 at 256x256, with random weights, the same in all routes: eager, under torch.compile, and as anomalib's OpenVINO
+f32 export on as many threads. All must give the same maps. They take turns in one process; every figure is a median. A
+verdict is what a route makes of images in memory: pre-processing, both networks, map, score, normalisation, thresholds.
+Its parts are timed one by one beside it, as is the decoding that precedes it. Memory is the most that torch's allocator
+holds at a time beyond images and weights; for OpenVINO, by how much the process grows at the first call.
+"""
+
+import argparse
+import ctypes
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+from anomalib.data import Folder, InferenceBatch
+from anomalib.data.utils import read_image
+from anomalib.models import Stfpm
+from common import Timer, describe_machine, peak_bytes, print_machine, save, time_in_turns
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer as EpochTimer
+from matplotlib import pyplot as plt
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+
+from anomalib_stfpm_ext import StfpmExt, anomaly_map
+
+try:
+    import openvino
+except ImportError:
+    openvino = None
+
+SIZE = 256
+PARTS = ("decode, resize", "pre-processing", "teacher", "student", "map", "post-processing")
+Route = Callable[[torch.Tensor], Any]
+
+
+def make_models(device: torch.device) -> dict[str, Stfpm | StfpmExt]:
+    """Make both models with the same random weights, thresholds and ranges; nothing is downloaded."""
+    torch.manual_seed(0)
+    quiet: dict[str, Any] = {"evaluator": False, "visualizer": False}
+    with mock.patch("timm.create_model", partial(_create_untrained, timm.create_model)):
+        stfpm = Stfpm(**quiet)
+    ours = StfpmExt(teacher_weights=False, **quiet)
+    stfpm.model.load_state_dict(ours.model.state_dict())
+    for model in (stfpm, ours):
+        for name, value in (("min", 0.0), ("max", 1e-3)):
+            getattr(model.post_processor, f"image_{name}").fill_(value)
+            getattr(model.post_processor, f"pixel_{name}").fill_(value)
+        model.post_processor._image_threshold.fill_(5e-4)
+    return {"Stfpm": stfpm.eval().to(device), "StfpmExt": ours.eval().to(device)}
+
+
+def _create_untrained(create_model: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return create_model(*arguments, **{**options, "pretrained": False})
+
+
+def make_routes(models: dict[str, Any], device: torch.device, folder: Path) -> dict[str, Route]:
+    """Return, by name, what takes images to verdicts."""
+    routes: dict[str, Route] = {name: torch.inference_mode()(model) for name, model in models.items()}
+    routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"]))
+    if openvino is None or device.type != "cpu":
+        print("without OpenVINO: " + ("not installed" if openvino is None else "it runs on the CPU"))
+        return routes
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    for name, model in models.items():
+        file = model.to_openvino(folder / name, onnx_kwargs={"opset_version": 18, "verbose": False})
+        network = openvino.Core().compile_model(file, "CPU", settings)
+        routes[f"{name}, OpenVINO"] = partial(_infer, network)
+    return routes
+
+
+def _infer(network: Any, images: torch.Tensor) -> InferenceBatch:
+    results = network(images.numpy())
+    return InferenceBatch(**{output.any_name: torch.from_numpy(result) for output, result in results.items()})
+
+
+def growth(call: Callable[[], Any]) -> int:
+    """Return by how much a call raises the process's resident memory at its highest."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def measure_routes(routes: dict[str, Route], batch: int, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Time all routes on one batch after making sure that they come to the same verdict."""
+    images = torch.rand(batch, 3, SIZE, SIZE, device=device)
+    calls = {name: partial(route, images) for name, route in routes.items()}
+    expected = calls["Stfpm"]()
+    memory = {}
+    for name, call in calls.items():
+        if "OpenVINO" in name:
+            memory[name] = growth(call)
+        else:
+            call()  # folds, compiles
+            memory[name] = peak_bytes(call, device)
+        verdict = call()
+        torch.testing.assert_close(verdict.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(verdict.pred_score.flatten(), expected.pred_score.flatten(), rtol=1e-3, atol=1e-4)
+    return {"seconds": time_in_turns(calls, seconds, Timer(device).wall_seconds), "peak_bytes": memory}
+
+
+def measure_parts(
+    models: dict[str, Any], batch: int, device: torch.device, seconds: float, file: Path
+) -> dict[str, dict[str, float]]:
+    """Time each part of the way for both models; decoding is the same for both."""
+    images = torch.rand(batch, 3, SIZE, SIZE, device=device)
+    calls: dict[str, Callable[[], Any]] = {}
+    resize = models["StfpmExt"].pre_processor.transform.transforms[0]
+    calls["decode, resize"] = lambda: [resize(read_image(file, as_tensor=True)) for _ in range(batch)]
+    for name, model in models.items():
+        networks = model.model
+        with torch.inference_mode():
+            normalised = model.pre_processor(images)
+            teacher, student = networks.teacher_model(normalised), networks.student_model(normalised)
+            result = networks(normalised)
+        if name == "StfpmExt":
+            score: Callable[..., Any] = anomaly_map
+        else:
+            score = partial(_their_map, networks.anomaly_map_generator)
+        steps = {
+            "pre-processing": partial(model.pre_processor, images),
+            "teacher": partial(networks.teacher_model, normalised),
+            "student": partial(networks.student_model, normalised),
+            "map": partial(score, teacher, student, (SIZE, SIZE)),
+            "post-processing": partial(model.post_processor, result),
+        }
+        calls |= {f"{name}: {part}": torch.inference_mode()(step) for part, step in steps.items()}
+    times = time_in_turns(calls, seconds, Timer(device).wall_seconds)
+    return {name: {part: times.get(f"{name}: {part}", times[PARTS[0]]) for part in PARTS} for name in models}
+
+
+def _their_map(generator: Any, teacher: Any, student: Any, image_size: tuple[int, int]) -> torch.Tensor:
+    amap = generator(teacher_features=teacher, student_features=student, image_size=image_size)
+    return torch.amax(amap, dim=(-2, -1))
+
+
+def measure_epochs(images: Path, device: torch.device, workers: int, batch: int, rounds: int) -> dict[str, float]:
+    """Time a training epoch of both models on the same images, ours with and without the choice of the student."""
+
+    def fit(name: str, held_out_share: float) -> float:
+        model: Any = make_models(device)[name].train()
+        if name == "StfpmExt":
+            model.held_out_share = held_out_share
+        timer = EpochTimer()
+        trainer = Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            max_epochs=1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[timer],
+        )
+        data = Folder(
+            "images",
+            root=images,
+            normal_dir="good",
+            train_batch_size=batch,
+            num_workers=workers,
+            test_split_mode="none",
+            val_split_mode="none",
+        )
+        trainer.fit(model, datamodule=data)
+        return timer.time_elapsed("train")
+
+    fits = {
+        "Stfpm": partial(fit, "Stfpm", 0.0),
+        "StfpmExt": partial(fit, "StfpmExt", 0.0),
+        "StfpmExt, student chosen": partial(fit, "StfpmExt", 0.2),
+    }
+    return time_in_turns(fits, 0.0, clock=lambda fit: fit(), turns=rounds)
+
+
+def make_images(folder: Path, count: int) -> Path:
+    """Write images that compress as photographs do, and return the first."""
+    (folder / "good").mkdir(parents=True)
+    for index in range(count):
+        coarse = torch.rand(1, 3, 16, 16)
+        image = F.interpolate(coarse, (512, 512), mode="bicubic") + 0.02 * torch.randn(1, 3, 512, 512)
+        pixels = (255 * image[0].clamp(0, 1)).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / "good" / f"{index:03}.png")
+    return folder / "good" / "000.png"
+
+
+def print_tables(cases: list[dict[str, Any]], epochs: dict[str, float]) -> None:
+    """Print the routes, the parts and the epochs."""
+    routes = Table(title="image in memory to verdict, ResNet18 at 256x256 (medians)")
+    for column in ("batch", "route", "ms", "images/s", "x Stfpm", "MB"):
+        routes.add_column(column, justify="left" if column == "route" else "right")
+    for case in cases:
+        for name, seconds in case["seconds"].items():
+            routes.add_row(
+                str(case["batch"]),
+                name,
+                f"{1e3 * seconds:.1f}",
+                f"{case['batch'] / seconds:.1f}",
+                f"{case['seconds']['Stfpm'] / seconds:.2f}",
+                f"{case['peak_bytes'][name] / 1e6:.0f}",
+            )
+    parts = Table(title="its parts, milliseconds (medians)")
+    for column in ("batch", "model", *PARTS):
+        parts.add_column(column, justify="right")
+    for case in cases:
+        for name, times in case["parts"].items():
+            parts.add_row(str(case["batch"]), name, *(f"{1e3 * times[part]:.2f}" for part in PARTS))
+    console = Console(width=120)
+    console.print(routes)
+    console.print(parts)
+    for name, seconds in epochs.items():
+        console.print(f"training epoch, {name}: {seconds:.2f} s, x Stfpm {epochs['Stfpm'] / seconds:.2f}")
+
+
+def draw(cases: list[dict[str, Any]], file: Path) -> None:
+    """Draw what the parts of both models take, and how much faster than Stfpm each route is."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6))
+    rows = [(case, name) for case in cases for name in case["parts"]][::-1]
+    labels = [f"{name}, batch {case['batch']}" for case, name in rows]
+    start = [0.0] * len(rows)
+    for part in PARTS:
+        widths = [1e3 * case["parts"][name][part] / case["batch"] for case, name in rows]
+        left.barh(labels, widths, left=start, label=part)
+        start = [before + width for before, width in zip(start, widths, strict=True)]
+    left.set(xlabel="milliseconds for each image")
+    left.legend(fontsize=8)
+    names = list(cases[0]["seconds"])
+    height = 0.8 / len(cases)
+    for index, case in enumerate(cases):
+        speedup = [case["seconds"]["Stfpm"] / case["seconds"][name] for name in names]
+        places = [place + (index - (len(cases) - 1) / 2) * height for place in range(len(names))]
+        right.barh(places, speedup, height, label=f"batch {case['batch']}")
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    right.set(xlabel="times as fast as anomalib's eager Stfpm, image in memory to verdict")
+    right.axvline(1, color="grey", linewidth=0.5)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=75)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the routes of each batch, and for their parts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=64, help="in the training epoch")
+    parser.add_argument("--workers", type=int, default=0, help="of the training's data loader")
+    parser.add_argument("--rounds", type=int, default=3, help="of training epochs; 0 leaves them out")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them, as a PNG")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    warnings.filterwarnings("ignore")  # advice of Lightning and the exporters
+    logging.disable(logging.WARNING)
+
+    machine = describe_machine()
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    print_machine(machine)
+    with tempfile.TemporaryDirectory() as folder:
+        file = make_images(Path(folder) / "images", arguments.images)
+        models = make_models(device)
+        routes = make_routes(models, device, Path(folder))
+        cases = []
+        for batch in arguments.batches:
+            case = {"batch": batch, **measure_routes(routes, batch, device, arguments.seconds)}
+            cases.append(case | {"parts": measure_parts(models, batch, device, arguments.seconds, file)})
+        epochs = {}
+        if arguments.rounds:
+            machine |= {"workers": arguments.workers, "images": arguments.images}
+            epochs = measure_epochs(file.parents[1], device, arguments.workers, 32, arguments.rounds)
+    print_tables(cases, epochs)
+    if arguments.json:
+        save(arguments.json, machine, cases, epoch_seconds=epochs)
+    if arguments.plot:
+        draw(cases, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
