@@ -47,7 +47,7 @@ def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: d
         "image_size": (size, size),
     }
     out = [torch.zeros(batch, 1, size, size), torch.zeros(batch)]
-    options = check_options(None, "product", False, RESNET18)
+    options = check_options(None, "product", None, False, RESNET18)
     call = core_call(teacher, student, out, options, torch.Tensor.data_ptr, torch.Tensor.stride)
     candidates = {
         "sum": lambda: [level.sum() for side in (teacher, student) for level in side],
