@@ -13,7 +13,7 @@ from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from .scorer import fail
 
@@ -42,6 +42,7 @@ class StudentChoice:
 
     Attributes:
         history (list[Measurement]): What was measured, in this order.
+        loader (DataLoader | None): This process's share of the held-out images, from :meth:`start` to :meth:`finish`.
     """
 
     def __init__(self, student: nn.Module, share: float, seed: int) -> None:
@@ -49,7 +50,7 @@ class StudentChoice:
         self.history: list[Measurement] = []
         self._other: dict[str, torch.Tensor] = {}
         self._best_in_network = False
-        self._loader: DataLoader[Any] | None = None
+        self.loader: DataLoader[Any] | None = None
         self._num_images = 0
 
     @property
@@ -112,11 +113,11 @@ class StudentChoice:
         sum_and_count = torch.zeros(2, dtype=torch.float64)
         # The loader draws a seed for its workers, which must not change what the training draws.
         with torch.random.fork_rng(devices=[]), precision.val_step_context():
-            for index, batch in enumerate(self._loader or ()):
+            for index, batch in enumerate(self.loader or ()):
                 batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
                 if isinstance(module.pre_processor, Callback):
                     module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-                means = module.model(batch.image).anomaly_map.mean((1, 2, 3))
+                means = module.model(batch.image, module.teacher_features(batch)).anomaly_map.mean((1, 2, 3))
                 sum_and_count += torch.tensor([means.cpu().double().sum(), len(means)], dtype=torch.float64)
         module.model.train(training)
         if trainer.world_size > 1:
@@ -147,7 +148,7 @@ class StudentChoice:
     def finish(self) -> None:
         """Leave the best student in the network, and let go of the images."""
         self.show(best=True)
-        self._loader = None
+        self.loader = None
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the best student into the checkpoint's state dict, and the one in training beside it.
@@ -192,12 +193,12 @@ class StudentChoice:
                 fail(ValueError, "held_out_share", wanted, f"reload_dataloaders_every_n_epochs={reload}")
             if not len(getattr(datamodule, "train_data", (True,))):  # of which torch makes no loader
                 fail(ValueError, "held_out_share", "a data module with good training images", "one without images")
-            loader = _check_loader(source.dataloader())
+            loader = _check_splittable(source.dataloader())
             good = _good_images(loader.dataset)
             held_out = split(len(good), self.share, self.seed)
             dataset, held_out = loader.dataset, good[held_out]
             training = np.setdiff1d(np.arange(len(dataset)), held_out)
-            source.instance = _same_loader(
+            source.instance = same_loader(
                 loader,
                 Subset(dataset, training.tolist()),
                 shuffle=isinstance(loader.sampler, RandomSampler),
@@ -210,7 +211,7 @@ class StudentChoice:
                 dataset.augmentations = datamodule.test_data.augmentations
         self._num_images = len(held_out)
         share_of_process = held_out[trainer.global_rank :: trainer.world_size].tolist()
-        self._loader = _same_loader(loader, Subset(dataset, share_of_process))
+        self.loader = same_loader(loader, Subset(dataset, share_of_process))
 
 
 def check_share(share: float) -> None:
@@ -260,26 +261,51 @@ def _good_images(dataset: Any) -> "np.ndarray[Any, Any]":
     return np.arange(len(dataset))
 
 
-def _check_loader(loader: Any) -> Any:
-    """Return the loader if its images can be split, otherwise raise."""
-    wanted = "training images in one DataLoader, all in each epoch, that can be split (or 0 to hold nothing out)"
+def check_loader(argument: str, wanted: str, loader: Any) -> Any:
+    """Return a loader if :func:`same_loader` can make another of it.
+
+    Args:
+        argument (str): The argument that asks for it, for the error.
+        wanted (str): What it asks for.
+        loader (Any): The loader.
+
+    Returns:
+        Any: The loader.
+
+    Raises:
+        ValueError: If it is another kind of loader.
+    """
     if type(loader) is not DataLoader:
-        fail(ValueError, "held_out_share", wanted, type(loader).__qualname__)
-    dataset: Any = loader.dataset
-    sampler: Any = loader.sampler
-    if isinstance(dataset, IterableDataset):
-        fail(ValueError, "held_out_share", wanted, f"the iterable {type(dataset).__qualname__}")
+        fail(ValueError, argument, wanted, type(loader).__qualname__)
+    if isinstance(loader.dataset, IterableDataset):
+        fail(ValueError, argument, wanted, f"the iterable {type(loader.dataset).__qualname__}")
     if loader.batch_size is None:
-        fail(ValueError, "held_out_share", wanted, "a DataLoader with a batch_sampler or without batches")
-    if type(sampler) not in (RandomSampler, SequentialSampler) or getattr(sampler, "replacement", False):
-        fail(ValueError, "held_out_share", wanted, f"a DataLoader with {type(sampler).__qualname__} as sampler")
-    if len(sampler) != len(dataset):
-        fail(ValueError, "held_out_share", wanted, f"a sampler of {len(sampler)} of {len(dataset)} images")
+        fail(ValueError, argument, wanted, "a DataLoader with a batch_sampler or without batches")
     return loader
 
 
-def _same_loader(loader: DataLoader[Any], dataset: Subset[Any], **settings: Any) -> DataLoader[Any]:
-    """Return a loader of other images with these settings, and those of the given loader for the rest."""
+def _check_splittable(loader: Any) -> Any:
+    """Return the loader if its images can be split, otherwise raise."""
+    wanted = "training images in one DataLoader, all in each epoch, that can be split (or 0 to hold nothing out)"
+    sampler: Any = check_loader("held_out_share", wanted, loader).sampler
+    if type(sampler) not in (RandomSampler, SequentialSampler) or getattr(sampler, "replacement", False):
+        fail(ValueError, "held_out_share", wanted, f"a DataLoader with {type(sampler).__qualname__} as sampler")
+    if len(sampler) != len(loader.dataset):
+        fail(ValueError, "held_out_share", wanted, f"a sampler of {len(sampler)} of {len(loader.dataset)} images")
+    return loader
+
+
+def same_loader(loader: DataLoader[Any], dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
+    """Make a loader of other images.
+
+    Args:
+        loader (DataLoader): A loader with a batch size.
+        dataset (Dataset): The images.
+        settings (Any): What becomes different, and the sampler's settings; the rest is the given loader's.
+
+    Returns:
+        DataLoader: The loader.
+    """
     same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "in_order"]
     same += ["multiprocessing_context", "prefetch_factor", "persistent_workers"]
     return DataLoader(dataset, **{name: getattr(loader, name) for name in same}, **settings)

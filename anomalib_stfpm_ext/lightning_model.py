@@ -17,7 +17,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from .held_out import CHECKPOINT_KEY, StudentChoice, check_share
 from .loss import StfpmExtLoss
 from .scorer import fail
+from .teacher_cache import TeacherCache
 from .torch_model import StfpmExtModel
 
 MAX_EPOCHS = 100
@@ -61,6 +62,11 @@ class StfpmExt(AnomalibModule):
             with it a training run can be repeated. It is here since anomalib's command line accepts
             ``--seed_everything`` and ignores it. It also says which images are held out. Defaults to ``None``, which
             leaves the numbers alone and holds out the images of seed 0, as the authors do.
+        teacher_cache (Literal["memory", "disk"] | None): Where the teacher's features are kept from the first epoch to
+            the end of the fit, so that later epochs run without a teacher: same losses. ``"disk"`` is the folder for
+            temporary files (``TMPDIR``). Wants images that are the same in every epoch, so no random augmentation.
+            Defaults to ``None``, which keeps none.
+        teacher_cache_half (bool): Keep them in float16, half the space; losses differ slightly. Defaults to ``False``.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to 256x256 and normalises as
             the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
@@ -98,6 +104,8 @@ class StfpmExt(AnomalibModule):
         weight_decay: float = 1e-4,
         held_out_share: float = 0.2,
         seed: int | None = None,
+        teacher_cache: Literal["memory", "disk"] | None = None,
+        teacher_cache_half: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -117,6 +125,8 @@ class StfpmExt(AnomalibModule):
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.held_out_share, self.seed = held_out_share, seed
+        wants_cache = teacher_cache is not None or teacher_cache_half
+        self.cache = TeacherCache(teacher_cache, teacher_cache_half) if wants_cache else None
         self.choice: StudentChoice | None = None
         self._resumed_choice: dict[str, Any] | None = None
         self.configure_optimizers()  # so that a wrong setting is an error now and not after the data is loaded
@@ -133,7 +143,7 @@ class StfpmExt(AnomalibModule):
             STEP_OUTPUT: The loss.
         """
         del args, kwargs
-        teacher, student = self.model(batch.image)
+        teacher, student = self.model(batch.image, self.teacher_features(batch))
         loss = self.loss(teacher, student)
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
@@ -214,6 +224,29 @@ class StfpmExt(AnomalibModule):
         elif self._resumed_choice:
             fail(ValueError, "held_out_share", f"{self._resumed_choice['share']} as in the checkpoint", 0)
         self._resumed_choice = None
+        if self.cache:
+            self.cache.start(self.trainer, self.pre_processor)
+            if self.choice:
+                self.choice.loader = self.cache.number(self.choice.loader)
+
+    def teacher_features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
+        """Return what the cache has or computes of a batch of training or held-out images.
+
+        Args:
+            batch (Batch): Images ``(B, 3, H, W)``.
+
+        Returns:
+            dict[str, torch.Tensor] | None: The teacher's features by level, ``None`` without a cache.
+        """
+        return self.cache.features(batch, self.model.teacher_features) if self.cache else None
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add the cache, which lets go of its features when a fit ends, to anomalib's callbacks.
+
+        Returns:
+            Sequence[Callback]: The callbacks.
+        """
+        return [*super().configure_callbacks(), *([self.cache] if self.cache else [])]
 
     def on_validation_start(self) -> None:
         """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
@@ -264,8 +297,8 @@ class StfpmExt(AnomalibModule):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # An export is a pickle of the model: the student in training and the images have no place in it.
-        return {**super().__getstate__(), "choice": None}
+        # An export is a pickle of the model: the student in training, images and features have no place in it.
+        return {**super().__getstate__(), "choice": None, "cache": None}
 
     def _measure(self, choice: StudentChoice) -> float:
         value = choice.measure(self.trainer, self)

@@ -13,7 +13,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from ._torch_op import formula, has_kernel
-from .feature_pyramid import Student, Teacher
+from .feature_pyramid import FeaturePyramid, Student, Teacher
 from .scorer import anomaly_map, check_options, fail
 
 if TYPE_CHECKING:
@@ -61,23 +61,23 @@ class StfpmExtModel(nn.Module):
         self.student_model = Student(backbone, layers)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions; the scorer reads any
 
-    def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch:
+    def forward(
+        self, images: torch.Tensor, teacher: dict[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch:
         """Compare teacher and student.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            teacher (dict[str, torch.Tensor] | None): What :meth:`teacher_features` gives for them. Defaults to
+                ``None``, which computes it.
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
         image_size = (images.shape[-2], images.shape[-1])
-        if self.tiler:
-            images = self.tiler.tile(images)
-        teacher, student = self.teacher_model(images), self.student_model(images)
-        if self.tiler:
-            teacher = {level: self.tiler.untile(features) for level, features in teacher.items()}
-            student = {level: self.tiler.untile(features) for level, features in student.items()}
+        teacher = self.teacher_features(images) if teacher is None else teacher
+        student = self._features(self.student_model, images)
         if self.training:
             return teacher, student
         combine_size = None
@@ -90,3 +90,21 @@ class StfpmExtModel(nn.Module):
         else:
             amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))
+
+    def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the teacher's side, which never changes for an image.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            dict[str, torch.Tensor]: Features ``(B, C, H_l, W_l)`` by level.
+        """
+        return self._features(self.teacher_model, images)
+
+    def _features(self, pyramid: FeaturePyramid, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.tiler:
+            features: dict[str, torch.Tensor] = pyramid(images)
+            return features
+        tiles = pyramid(self.tiler.tile(images))
+        return {level: self.tiler.untile(features) for level, features in tiles.items()}

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The teacher's features, kept between epochs: same losses, fewer runs of the teacher, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.callbacks import TilerConfigurationCallback
+from anomalib.data import Folder, ImageBatch, ImageItem
+from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torchvision.transforms import v2
+
+from anomalib_stfpm_ext import StfpmExt, teacher_cache
+from anomalib_stfpm_ext.teacher_cache import TeacherCache
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+LAYERS = ["layer1", "layer2"]
+
+
+def folder(images: Path, **arguments) -> Folder:
+    settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
+    return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))
+
+
+class Record(Callback):
+    """Notes losses, and how many images the teacher has seen at the start of each epoch and in all."""
+
+    def __init__(self, model: StfpmExt) -> None:
+        self.losses: list[float] = []
+        self.images: list[int] = []
+        self.count = 0
+        model.model.teacher_model.register_forward_pre_hook(self.add)
+
+    def add(self, _module, arguments):
+        self.count += len(arguments[0])
+
+    def on_train_batch_end(self, _trainer, _module, outputs, *_):
+        self.losses.append(outputs["loss"].item())
+
+    def on_train_epoch_start(self, *_):
+        self.images.append(self.count)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these networks are too small for more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_model():
+    def make(**arguments) -> StfpmExt:
+        settings = {"backbone": "test_resnet", "layers": LAYERS, "teacher_weights": False, "lr": 0.05, "seed": 0}
+        settings |= {"pre_processor": StfpmExt.configure_pre_processor((48, 64)), "visualizer": False}
+        return StfpmExt(**(settings | arguments))
+
+    return make
+
+
+@pytest.fixture
+def fit(images, tmp_path, make_model):
+    """Fit a model on the eight good images for three epochs; return the model and what was recorded."""
+
+    def run(*callbacks, data=None, loader=None, trainer=None, **arguments) -> tuple[StfpmExt, Record]:
+        model = make_model(**arguments)
+        record = Record(model)
+        settings = {"max_epochs": 3, "limit_val_batches": 0, "default_root_dir": tmp_path} | QUIET | (trainer or {})
+        if loader is not None:
+            Trainer(callbacks=[record, *callbacks], **settings).fit(model, loader)
+        else:
+            Engine([record, *callbacks], **settings).fit(model, datamodule=data or folder(images))
+        return model, record
+
+    return run
+
+
+def same_run(first: tuple[StfpmExt, Record], second: tuple[StfpmExt, Record]) -> bool:
+    """Tell whether losses, held-out maps and the student that is kept have the same bits."""
+    students = [model.model.student_model.state_dict() for model, _ in (first, second)]
+    return (
+        first[1].losses == second[1].losses
+        and getattr(first[0].choice, "history", None) == getattr(second[0].choice, "history", None)
+        and all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
+    )
+
+
+@pytest.mark.parametrize("held_out_share", [0.2, 0])
+def test_same_bits_and_the_teacher_runs_in_the_first_epoch_only(fit, held_out_share):
+    plain = fit(held_out_share=held_out_share)
+    assert (plain[1].images, plain[1].count) == ([0, 8, 16], 24)
+    assert len(set(plain[1].losses)) == 6
+    for location in ("memory", "disk"):
+        cached = fit(held_out_share=held_out_share, teacher_cache=location)
+        assert same_run(cached, plain)
+        assert (cached[1].images, cached[1].count) == ([0, 8, 8], 8)
+
+
+def test_half_precision_comes_near(fit):
+    plain, half = fit(), fit(teacher_cache="memory", teacher_cache_half=True)
+    assert half[1].losses[:2] == plain[1].losses[:2]
+    assert half[1].losses[2:] != plain[1].losses[2:]
+    assert half[1].losses == pytest.approx(plain[1].losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"data": {"num_workers": 2}},
+        {"data": {"val_split_mode": "from_train", "val_split_ratio": 0.25}},
+        {"trainer": {"precision": "bf16-mixed"}},
+        {"callbacks": [TilerConfigurationCallback(enable=True, tile_size=[48, 32], stride=[48, 32])]},
+        {"callbacks": [LearningRateFinder(num_training_steps=3)]},
+        {"trainer": {"limit_val_batches": None, "val_check_interval": 0.5}},
+        {"arguments": {"backbone": "test_convnext", "layers": ["stages.0", "stages.1"], "teacher_weights": False}},
+    ],
+    ids=lambda arguments: str(next(iter(arguments.values()))),
+)
+def test_same_bits_however_one_trains(fit, images, arguments):
+    def run(**cache):
+        data = folder(images, **arguments.get("data", {}))
+        return fit(*arguments.get("callbacks", []), data=data, trainer=arguments.get("trainer"), **cache)
+
+    plain, cached = run(), run(teacher_cache="memory")
+    assert same_run(cached, plain)
+    assert cached[1].count < plain[1].count
+
+
+class Pairs(Dataset):
+    """Images of a user's own: no paths, the first two the same, noise on one of them if asked to."""
+
+    def __init__(self, noise: float = 0, size: int = 48) -> None:
+        self.images = torch.rand(4, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+        self.images[1] = self.images[0]
+        self.noise, self.size = noise, size
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        height = self.size if index == 3 else 48
+        return self.images[index, :, :height] + self.noise * torch.randn(()) * (index == 2), 0
+
+
+def collate(items) -> ImageBatch:
+    return ImageBatch(image=torch.stack([image for image, _ in items]))
+
+
+def test_loader_of_the_users_own(fit):
+    loader = DataLoader(Pairs(), batch_size=2, shuffle=True, drop_last=True, collate_fn=collate, num_workers=1)
+    runs = [fit(loader=loader, teacher_cache=location, held_out_share=0.25) for location in (None, "memory")]
+    assert same_run(*runs)
+    assert runs[0][1].count > runs[1][1].count
+    assert loader.collate_fn is collate  # the user's loader stays as it was
+
+
+def test_images_that_change_are_refused(fit, images):
+    loader = DataLoader(Pairs(noise=0.1), batch_size=2, collate_fn=collate)
+    wanted = "teacher_cache: wanted images that are the same in every epoch"
+    with pytest.raises(ValueError, match=f"{wanted}, not augmented, got another image 2 than before"):
+        fit(loader=loader, teacher_cache="memory", held_out_share=0)
+    with pytest.raises(ValueError, match=r"teacher_cache: wanted images of one size, with features .*12, 16.*8, 16"):
+        fit(
+            loader=DataLoader(Pairs(size=32), batch_size=1, collate_fn=collate),
+            teacher_cache="memory",
+            held_out_share=0,
+            pre_processor=False,
+        )
+
+    class Own(PreProcessor):
+        pass
+
+    flip = v2.RandomHorizontalFlip()
+    for arguments, got in (
+        (
+            {"data": folder(images, train_augmentations=flip)},
+            r"no random train_augmentations, got .*RandomHorizontalFl",
+        ),
+        ({"data": folder(images, augmentations=v2.Compose([flip]))}, "no random train_augmentations, got .*Horizontal"),
+        ({"pre_processor": PreProcessor(flip)}, "no random pre_processor, got .*RandomHorizontalFlip"),
+        ({"pre_processor": Own()}, "anomalib's own PreProcessor as pre_processor, or none, got .*Own"),
+        (
+            {"trainer": {"reload_dataloaders_every_n_epochs": 1}, "held_out_share": 0},
+            "got reload_dataloaders_every.*=1",
+        ),
+        ({"loader": [loader], "held_out_share": 0}, "in one DataLoader, got list"),
+        (
+            {
+                "loader": DataLoader(Pairs(), batch_sampler=BatchSampler(range(4), 2, False), collate_fn=collate),
+                "held_out_share": 0,
+            },
+            "in one DataLoader, got a DataLoader with a batch_sampler",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{wanted}.*{got}"):
+            fit(teacher_cache="memory", **arguments)
+
+
+@pytest.mark.parametrize("location", ["memory", "disk"])
+def test_features_that_do_not_fit_are_refused(fit, monkeypatch, location):
+    # Of test_resnet's levels at 48x64, 32 channels at 12x16 and 48 at 6x8, in 8 images.
+    size = 8 * 4 * (32 * 12 * 16 + 48 * 6 * 8)
+    for free in (size, size - 30000):
+        monkeypatch.setattr(teacher_cache, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _, free=free: type("", (), {"free": free}))
+        if free == size:
+            fit(teacher_cache=location)
+            continue
+        message = "teacher_cache: wanted 0.3 MB .*of 8 images, got 0.2 MB"
+        with pytest.raises(ValueError, match=message):
+            fit(teacher_cache=location)
+        fit(teacher_cache=location, teacher_cache_half=True)
+
+
+def test_half_precision_that_does_not_hold_the_features_is_refused(fit):
+    class Loud(Callback):
+        def on_fit_start(self, _trainer, module):
+            module.model.teacher_model.feature_extractor.bn1.weight.data *= 1e6
+
+    with pytest.raises(ValueError, match="teacher_cache_half: wanted features of at most 65504, got "):
+        fit(Loud(), teacher_cache="memory", teacher_cache_half=True)
+    fit(Loud(), teacher_cache="memory", trainer={"max_epochs": 1})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(fit, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(teacher_cache.tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    models = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            models.append(module)
+            mapped = Path("/proc/self/maps").read_text()
+            assert f"{tmp_path}/tmp/stfpm_ext_" in mapped
+            assert "(deleted)" in mapped
+            assert module.cache._levels
+            if fails and trainer.current_epoch == 1:
+                raise KeyError
+
+    if fails:
+        with pytest.raises(KeyError):
+            fit(Look(), teacher_cache="disk")
+    else:
+        fit(Look(), teacher_cache="disk")
+    assert not list((tmp_path / "tmp").iterdir())
+    assert not models[0].cache._levels
+    assert f"{tmp_path}/tmp" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"teacher_cache": "ram"}, ValueError, "teacher_cache: wanted 'memory' or 'disk', .*, got 'ram'"),
+        ({"teacher_cache": ""}, ValueError, "teacher_cache: .*got ''"),
+        ({"teacher_cache_half": True}, ValueError, "teacher_cache: wanted .* nor teacher_cache_half, got None"),
+        ({"teacher_cache": "disk", "teacher_cache_half": "yes"}, TypeError, "teacher_cache_half: .*got 'yes'"),
+    ],
+)
+def test_bad_arguments(make_model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make_model(**arguments)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("half", [False, True])
+def test_features_come_back_in_dtype_and_layout_of_the_teacher(layout, half):
+    cache = TeacherCache("memory", half)
+    images = [ImageItem(image=image) for image in torch.rand(6, 3, 8, 8)]
+    loader = cache.number(DataLoader(images, batch_size=2, shuffle=True, collate_fn=ImageBatch.collate))
+
+    def teacher(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"layer1": images.bfloat16().contiguous(memory_format=layout)}
+
+    first = {number: features for batch in loader for number, features in rows(batch, cache.features(batch, teacher))}
+    again = {number: features for batch in loader for number, features in rows(batch, cache.features(batch, None))}
+    assert first.keys() == again.keys() == set(range(6))
+    assert cache._levels["layer1"].rows.dtype == (torch.float16 if half else torch.bfloat16)
+    for number, features in first.items():
+        assert torch.equal(features, again[number])  # float16 holds bfloat16 from 0 to 1
+        assert (features.dtype, features.stride()) == (again[number].dtype, again[number].stride())
+
+
+def rows(batch: ImageBatch, features: dict[str, torch.Tensor]):
+    return zip(batch.numbers_and_checksums[0], features["layer1"], strict=True)
+
+
+def test_checkpoints_and_exports_hold_no_features(fit, tmp_path):
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            assert module.cache._levels
+            trainer.save_checkpoint(tmp_path / "model.ckpt")
+            exported = torch.load(module.to_torch(tmp_path), weights_only=False)["model"]
+            assert exported.cache is None
+
+    model, _ = fit(Look(), teacher_cache="memory", trainer={"max_epochs": 1})
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert "TeacherCache" not in checkpoint["callbacks"]
+    assert checkpoint["state_dict"].keys() == model.state_dict().keys()
+    assert StfpmExt.load_from_checkpoint(tmp_path / "model.ckpt").cache.location == "memory"
+
+
+def test_resumed_run_ends_as_the_unbroken_one(fit, images, tmp_path, make_model):
+    unbroken = fit()
+    fit(teacher_cache="memory", trainer={"max_epochs": 2})
+    model = make_model(teacher_cache="disk")
+    engine = Engine(max_epochs=3, limit_val_batches=0, default_root_dir=tmp_path, **QUIET)
+    checkpoint = next(tmp_path.glob("**/v1/**/*.ckpt"))
+    engine.fit(model, datamodule=folder(images), ckpt_path=checkpoint)
+    assert model.choice.history == unbroken[0].choice.history
+
+
+DDP = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from anomalib_stfpm_ext import StfpmExt
+
+class Record(Callback):
+    losses, images = [], 0
+
+    def on_train_batch_end(self, _trainer, _module, outputs, *_):
+        self.losses.append(outputs["loss"].item())
+
+    def add(self, _module, arguments):
+        self.images += len(arguments[0])
+
+images, output = sys.argv[1:]
+torch.set_num_threads(1)
+for location in (None, "memory"):
+    record = Record()
+    record.losses = []
+    data = Folder(name="noise", root=images, normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
+        train_batch_size=2, num_workers=0)
+    model = StfpmExt("test_resnet", ["layer1", "layer2"], False, lr=0.05, held_out_share=0.3, seed=0,
+        visualizer=False, pre_processor=StfpmExt.configure_pre_processor((48, 64)), teacher_cache=location)
+    model.model.teacher_model.register_forward_pre_hook(record.add)
+    engine = Engine([record], default_root_dir=output, max_epochs=4, accelerator="cpu", devices=2, strategy="ddp",
+        logger=False, enable_progress_bar=False, limit_val_batches=0)
+    engine.fit(model, datamodule=data)
+    result = {"losses": record.losses, "history": model.choice.history, "images": record.images}
+    Path(output, f"{location}{engine.trainer.global_rank}.json").write_text(json.dumps(result))
+"""
+
+
+def test_two_processes(images, tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    command = [sys.executable, script, images, tmp_path]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        plain, cached = (json.loads((tmp_path / f"{name}{rank}.json").read_text()) for name in ("None", "memory"))
+        assert cached["losses"] == plain["losses"]
+        assert cached["history"] == plain["history"]
+        assert cached["images"] < plain["images"]
