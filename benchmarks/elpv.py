@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +45,7 @@ ANOMALIB, OURS = "anomalib Stfpm", "StfpmExt"
 
 
 class Curve(Callback):
-    """Measures the image AUROC of the student in training after every epoch."""
+    """Measures the image AUROC of the student after every epoch; of the averaged student, where there is one."""
 
     def __init__(self, cells: Folder) -> None:
         self.cells = cells
@@ -61,11 +62,11 @@ class Curve(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Add a point."""
         pl_module.model.eval()
-        batches = self.images.split(32)
-        scores = torch.cat(
-            [pl_module.model(batch.to(pl_module.device)).pred_score.flatten().cpu() for batch in batches]
-        )
+        choice = getattr(pl_module, "choice", None)
+        with choice.averaged() if choice else nullcontext():
+            batches = [pl_module.model(batch.to(pl_module.device)) for batch in self.images.split(32)]
         pl_module.model.train()
+        scores = torch.cat([batch.pred_score.flatten().cpu() for batch in batches])
         # torchmetrics would take scores above 1 for logits, and their sigmoid has ties.
         auroc = float(binary_auroc(scores / scores.max(), self.labels))
         self.points.append({"step": trainer.global_step, "epoch": trainer.current_epoch, "AUROC": auroc})
@@ -176,12 +177,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/elpv"), help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=12, help="of all good training images; sets the number of steps")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between")
+    parser.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="of StfpmExt")
+    parser.add_argument("--ema-decay", type=float, help="of StfpmExt")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
     arguments = parser.parse_args()
 
     seeds = list(map(int, arguments.seeds.split(",")))
-    options: dict[str, Any] = {}
+    options = {"lr_schedule": arguments.lr_schedule, "ema_decay": arguments.ema_decay}
+    options = {name: value for name, value in options.items() if value not in (None, "constant")}
     ours = ", ".join([OURS, *(f"{name} {value}" for name, value in options.items())])
     for seed in seeds:
         for variant in (ANOMALIB, ours):
