@@ -4,6 +4,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
@@ -33,25 +36,30 @@ class StudentChoice:
     """Holds good training images out, measures students on them and keeps the best, as the paper's authors do.
 
     Two students are alive during a fit: the one in training and the best so far. One of them is in the network, the
-    tensors of the other are here.
+    tensors of the other are here. With an exponential moving average there is a third, the averaged one, and it is the
+    one that is measured and becomes the best.
 
     Args:
         student (nn.Module): The network.
-        share (float): Share of the good training images that are held out, above 0 and below 1.
+        share (float): Share of the good training images that are held out, below 1; with 0 nothing is measured, and the
+            averaged student counts as the best.
         seed (int): Says which ones.
+        ema_decay (float | None): Decay of the average; ``None`` for no average.
 
     Attributes:
         history (list[Measurement]): What was measured, in this order.
         loader (DataLoader | None): This process's share of the held-out images, from :meth:`start` to :meth:`finish`.
     """
 
-    def __init__(self, student: nn.Module, share: float, seed: int) -> None:
-        self.student, self.share, self.seed = student, share, seed
+    def __init__(self, student: nn.Module, share: float, seed: int, ema_decay: float | None) -> None:
+        self.student, self.share, self.seed, self.ema_decay = student, share, seed, ema_decay
         self.history: list[Measurement] = []
+        self._average: ModelEmaV3 | None = None
         self._other: dict[str, torch.Tensor] = {}
         self._best_in_network = False
         self.loader: DataLoader[Any] | None = None
         self._num_images = 0
+        self._world_size = 1
 
     @property
     def best(self) -> Measurement | None:
@@ -68,15 +76,22 @@ class StudentChoice:
         Raises:
             ValueError: If images cannot be held out, or are not those of the checkpoint.
         """
+        self._world_size = trainer.world_size
         if trainer.strategy.restore_checkpoint_after_setup:  # those that shard the model
             wanted = "a strategy that has the whole student in each process, such as ddp (or 0 to hold nothing out)"
-            fail(ValueError, "held_out_share", wanted, type(trainer.strategy).__qualname__)
+            argument = "held_out_share" if self.share else "ema_decay"
+            fail(ValueError, argument, wanted, type(trainer.strategy).__qualname__)
         if resumed:
-            if resumed["share"] != self.share:
-                fail(ValueError, "held_out_share", f"{resumed['share']} as in the checkpoint", self.share)
             self.seed = resumed["seed"]  # the same images as before
-        self._hold_out(trainer)
+        if self.share:
+            self._hold_out(trainer)
         current = self.student.state_dict()
+        if self.ema_decay is not None:
+            # Running statistics are averaged like the weights: a copy would be that of other, newer features. timm's
+            # warm-up lets the decay grow from 0, so that the untrained student has no part in the average.
+            self._average = ModelEmaV3(self.student, self.ema_decay, use_warmup=True)
+            if resumed:
+                self._average.module.load_state_dict(resumed["average"])
         if not resumed:
             self._other = {name: tensor.clone() for name, tensor in current.items()}
             return
@@ -105,9 +120,11 @@ class StudentChoice:
         """
         if self.history and self.history[-1].step == trainer.global_step:
             return self.history[-1].value
-        if trainer.world_size > 1:  # the first process's running statistics, as DDP takes them before each step
-            for buffer in self.student.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        with self.averaged():
+            return self._measure(trainer, module)
+
+    def _measure(self, trainer: Trainer, module: AnomalibModule) -> float:
+        self._take_first_statistics()
         training, precision = module.model.training, trainer.precision_plugin
         module.model.eval()
         sum_and_count = torch.zeros(2, dtype=torch.float64)
@@ -126,10 +143,28 @@ class StudentChoice:
 
         if math.isfinite(value):
             if self.best is None or value < self.best.value:
-                for name, tensor in self.student.state_dict().items():
-                    self._other[name].copy_(tensor)
+                _copy(self.student.state_dict(), self._other)
             self.history.append(Measurement(trainer.current_epoch, trainer.global_step, value))
         return value
+
+    def update_average(self, step: int) -> None:
+        """Let the average, if there is one, follow the student in training.
+
+        Args:
+            step (int): Number of the training step that was made, from 1.
+        """
+        if self._average is not None:
+            self._average.update(self.student, step)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged student in the network in place of the one in training; without average, change nothing."""
+        average = {} if self._average is None else self._average.module.state_dict()
+        self._swap(average)
+        try:
+            yield
+        finally:
+            self._swap(average)
 
     @torch.no_grad()
     def show(self, best: bool) -> None:
@@ -138,12 +173,14 @@ class StudentChoice:
         Args:
             best (bool): Which of the two. Before the first measurement, the best is the one that the fit began with.
         """
-        if best != self._best_in_network:
-            for name, tensor in self.student.state_dict().items():
-                shown = tensor.clone()
-                tensor.copy_(self._other[name])
-                self._other[name].copy_(shown)
-            self._best_in_network = best
+        if best == self._best_in_network:
+            return
+        if best and not self.share and self._average is not None:
+            _copy(self._average.module.state_dict(), self._other)
+        self._swap(self._other)
+        self._best_in_network = best
+        if best and not self.share:
+            self._take_first_statistics()
 
     def finish(self) -> None:
         """Leave the best student in the network, and let go of the images."""
@@ -156,12 +193,12 @@ class StudentChoice:
         Args:
             checkpoint (dict[str, Any]): Lightning's checkpoint, which is changed.
         """
-        state = checkpoint["state_dict"]
+        average = None if self._average is None else self._average.module.state_dict()
         in_training: dict[str, torch.Tensor] = self._other
         if not self._best_in_network:
             in_training = self.student.state_dict()
-            if self.best is not None:
-                state.update({STUDENT_PREFIX + name: tensor for name, tensor in self._other.items()})
+            best = (average or in_training) if self.best is None else self._other
+            checkpoint["state_dict"].update({STUDENT_PREFIX + name: tensor for name, tensor in best.items()})
         checkpoint[CHECKPOINT_KEY] = {
             "share": self.share,
             "seed": self.seed,
@@ -170,8 +207,25 @@ class StudentChoice:
             "held_out_map": self.best and self.best.value,
             "history": [tuple(measurement) for measurement in self.history],
             "student": dict(in_training),
+            "ema_decay": self.ema_decay,
+            "average": average,
             "random_state": torch.get_rng_state(),
         }
+
+    @torch.no_grad()
+    def _swap(self, other: dict[str, torch.Tensor]) -> None:
+        """Exchange tensors of the network with others."""
+        network = self.student.state_dict()
+        for name, tensor in other.items():
+            shown = network[name].clone()
+            network[name].copy_(tensor)
+            tensor.copy_(shown)
+
+    def _take_first_statistics(self) -> None:
+        """Take the first process's running statistics, as DDP does before each step."""
+        if self._world_size > 1:
+            for buffer in self.student.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def _hold_out(self, trainer: Trainer) -> None:
         """Make the loader of held-out images; unless the data module holds some out, leave the others to the training.
@@ -231,6 +285,44 @@ def check_share(share: float) -> None:
         fail(ValueError, "held_out_share", wanted, share)
 
 
+def check_decay(decay: float | None) -> None:
+    """Check the decay of the exponential moving average.
+
+    Args:
+        decay (float | None): The decay.
+
+    Raises:
+        TypeError: If it is neither a number nor ``None``.
+        ValueError: If it is not in (0, 1).
+    """
+    wanted = "a decay above 0 and below 1, or None for no average"
+    if decay is None:
+        return
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        fail(TypeError, "ema_decay", wanted, repr(decay))
+    if not 0 < decay < 1:
+        fail(ValueError, "ema_decay", wanted, decay)
+
+
+def check_resumed(resumed: dict[str, Any], share: float, ema_decay: float | None) -> None:
+    """Check that a fit goes on with the settings that it began with.
+
+    Args:
+        resumed (dict[str, Any]): What :meth:`StudentChoice.save` wrote.
+        share (float): Share of held-out images.
+        ema_decay (float | None): Decay of the average.
+
+    Raises:
+        ValueError: If one of them is another.
+    """
+    for argument, before, now in (
+        ("held_out_share", resumed["share"], share),
+        ("ema_decay", resumed.get("ema_decay"), ema_decay),
+    ):
+        if before != now:
+            fail(ValueError, argument, f"{before} as in the checkpoint", now)
+
+
 def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
     """Say which of the good training images are held out.
 
@@ -252,6 +344,11 @@ def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
         wanted = "a share that leaves good images both to hold out and to train on"
         fail(ValueError, "held_out_share", wanted, f"{share} of {num_images} good training images")
     return np.random.RandomState(seed).permutation(num_images)[:num_held_out]
+
+
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
 
 
 def _good_images(dataset: Any) -> "np.ndarray[Any, Any]":

@@ -21,10 +21,11 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from .held_out import CHECKPOINT_KEY, StudentChoice, check_share
+from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed, check_share
 from .loss import StfpmExtLoss
 from .scorer import fail
 from .teacher_cache import TeacherCache
@@ -58,6 +59,12 @@ class StfpmExt(AnomalibModule):
             lowest is the one that is validated, saved, tested and kept. Where anomalib's data module splits its
             validation images from the training images (``val_split_mode=FROM_TRAIN``), those serve instead. ``0``
             switches it off: the last student is kept. Defaults to ``0.2``, as the authors have it.
+        lr_schedule (Literal["constant", "cosine"]): ``"cosine"`` lets the learning rate fall to 0 along half a cosine,
+            step by step, so the number of steps must be known: from the trainer's ``max_epochs`` or ``max_steps``.
+            Defaults to ``"constant"``, as in the paper.
+        ema_decay (float | None): Decay of an exponential moving average of the student, above 0 and below 1, per step.
+            The averaged student is the one that is measured, chosen, validated, saved and kept; the student itself
+            trains on. Defaults to ``None``, no average, as in the paper.
         seed (int | None): Seed of Python's, NumPy's and torch's random numbers, set before the student is initialised:
             with it a training run can be repeated. It is here since anomalib's command line accepts
             ``--seed_everything`` and ignores it. It also says which images are held out. Defaults to ``None``, which
@@ -103,6 +110,8 @@ class StfpmExt(AnomalibModule):
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         held_out_share: float = 0.2,
+        lr_schedule: Literal["constant", "cosine"] = "constant",
+        ema_decay: float | None = None,
         seed: int | None = None,
         teacher_cache: Literal["memory", "disk"] | None = None,
         teacher_cache_half: bool = False,
@@ -112,6 +121,9 @@ class StfpmExt(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_share(held_out_share)
+        check_decay(ema_decay)
+        if lr_schedule not in ("constant", "cosine"):
+            fail(ValueError, "lr_schedule", "constant or cosine", repr(lr_schedule))
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at)
@@ -127,6 +139,7 @@ class StfpmExt(AnomalibModule):
         self.held_out_share, self.seed = held_out_share, seed
         wants_cache = teacher_cache is not None or teacher_cache_half
         self.cache = TeacherCache(teacher_cache, teacher_cache_half) if wants_cache else None
+        self.lr_schedule, self.ema_decay = lr_schedule, ema_decay
         self.choice: StudentChoice | None = None
         self._resumed_choice: dict[str, Any] | None = None
         self.configure_optimizers()  # so that a wrong setting is an error now and not after the data is loaded
@@ -147,6 +160,17 @@ class StfpmExt(AnomalibModule):
         loss = self.loss(teacher, student)
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return {"loss": loss}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Make a step, and let the averaged student follow.
+
+        Args:
+            args: As in Lightning's ``optimizer_step``.
+            kwargs: Likewise.
+        """
+        super().optimizer_step(*args, **kwargs)
+        if self.choice:
+            self.choice.update_average(self.trainer.global_step + 1)
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
         """Stop where the loss is not finite.
@@ -216,17 +240,18 @@ class StfpmExt(AnomalibModule):
         """Hold images out, before Lightning asks for the training images.
 
         Raises:
-            ValueError: If images cannot be held out, or are not those of the checkpoint that is resumed.
+            ValueError: If images cannot be held out, or settings are not those of the checkpoint that is resumed.
         """
-        if self.held_out_share:
-            self.choice = StudentChoice(self.model.student_model, self.held_out_share, self.seed or 0)
+        if self._resumed_choice:
+            check_resumed(self._resumed_choice, self.held_out_share, self.ema_decay)
+        if self.held_out_share or self.ema_decay is not None:
+            student = self.model.student_model
+            self.choice = StudentChoice(student, self.held_out_share, self.seed or 0, self.ema_decay)
             self.choice.start(self.trainer, self._resumed_choice)
-        elif self._resumed_choice:
-            fail(ValueError, "held_out_share", f"{self._resumed_choice['share']} as in the checkpoint", 0)
         self._resumed_choice = None
         if self.cache:
             self.cache.start(self.trainer, self.pre_processor)
-            if self.choice:
+            if self.choice and self.choice.loader:
                 self.choice.loader = self.cache.number(self.choice.loader)
 
     def teacher_features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
@@ -248,10 +273,27 @@ class StfpmExt(AnomalibModule):
         """
         return [*super().configure_callbacks(), *([self.cache] if self.cache else [])]
 
+    def on_train_start(self) -> None:
+        """Stretch the cosine over the training, whose steps are known only now that images are held out.
+
+        Raises:
+            ValueError: If the number of steps is not known, or not that of the checkpoint that is resumed.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, CosineAnnealingLR):
+                steps, before = self.trainer.estimated_stepping_batches, config.scheduler.T_max
+                if not 0 < steps < math.inf:
+                    wanted = "constant, or a trainer that knows its number of steps (max_epochs, max_steps)"
+                    fail(ValueError, "lr_schedule", wanted, self.lr_schedule)
+                if before not in (0, steps):
+                    fail(ValueError, "lr_schedule", f"a training of {before} steps as in the checkpoint", steps)
+                config.scheduler.T_max = int(steps)
+
     def on_validation_start(self) -> None:
         """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
         if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._measure(self.choice)
+            if self.held_out_share:
+                self._measure(self.choice)
             self.choice.show(best=True)
 
     def on_validation_end(self) -> None:
@@ -261,7 +303,7 @@ class StfpmExt(AnomalibModule):
 
     def on_train_epoch_end(self) -> None:
         """Measure the student, unless the validation has, before checkpoints are saved and early stopping decides."""
-        if self.choice:
+        if self.choice and self.held_out_share:
             self.log("held_out_map", self._measure(self.choice), prog_bar=True, sync_dist=True)
 
     def on_train_end(self) -> None:
@@ -289,6 +331,9 @@ class StfpmExt(AnomalibModule):
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             self.choice = None  # that of a fit before; the student is now another
             return
+        before = "cosine" if checkpoint.get("lr_schedulers") else "constant"
+        if "lr_schedulers" in checkpoint and self.lr_schedule != before:
+            fail(ValueError, "lr_schedule", f"{before} as in the checkpoint", self.lr_schedule)
         self._resumed_choice = checkpoint.get(CHECKPOINT_KEY)
         if self._resumed_choice is None and self.held_out_share and checkpoint["global_step"]:
             rank_zero_warn(
@@ -308,7 +353,7 @@ class StfpmExt(AnomalibModule):
 
     def _stop(self, got: str) -> NoReturn:
         kept = "held_out_share is 0, so none is kept but in checkpoints"
-        if self.choice:
+        if self.choice and self.held_out_share:
             self.choice.finish()
             best = self.choice.best
             kept = f"that of epoch {best.epoch}" if best else "the one that the training began with"
@@ -321,15 +366,19 @@ class StfpmExt(AnomalibModule):
             f"{got} {where}. Last good student: {kept}",
         )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Set up the paper's SGD for the student.
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Set up the paper's SGD for the student, and the schedule of its learning rate.
 
         Returns:
-            torch.optim.Optimizer: SGD with the settings given to the model.
+            OptimizerLRScheduler: SGD with the settings given to the model, alone or with a scheduler.
         """
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             self.model.student_model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+        if self.lr_schedule == "constant":
+            return optimizer
+        scheduler = CosineAnnealingLR(optimizer, T_max=0)  # on_train_start knows
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @staticmethod
     def configure_pre_processor(

@@ -118,6 +118,29 @@ class Untouched(Callback):
         assert trainer.current_epoch == 0 or torch.equal(torch.get_rng_state(), self.state)
 
 
+class Follow(Callback):
+    """Averages the student by hand, and notes the learning rate of every step."""
+
+    def __init__(self, decay: float = 0.0) -> None:
+        self.decay, self.step, self.rates = decay, 0, []
+        self.average: dict[str, torch.Tensor] = {}
+        self.after_epoch: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        decay = min(self.decay, 1 - (1 + self.step) ** (-2 / 3))  # timm's warm-up, which starts from 0
+        self.last = {name: tensor.clone() for name, tensor in pl_module.model.student_model.state_dict().items()}
+        for name, tensor in self.last.items():
+            average = decay * self.average.get(name, 0.0) + (1 - decay) * tensor
+            self.average[name] = average if tensor.is_floating_point() else tensor
+        self.step += 1
+
+    def on_train_epoch_end(self, *_):
+        self.after_epoch.append(dict(self.average))
+
+
 def test_the_split_is_the_authors_and_leaves_the_random_state_alone():
     before, torch_before = np.random.get_state()[1].tolist(), torch.get_rng_state()
     for number, share, seed in ((2, 0.2, 0), (8, 0.2, 0), (209, 0.2, 0), (30, 0.1, 7)):
@@ -368,8 +391,9 @@ def test_early_stopping_and_checkpoints_can_follow_the_held_out_map(make_model, 
 
 
 def test_learning_rate_finder_goes_before(make_model, fit):
-    model, seen = make_model(), Seen()
-    fit(model, LearningRateFinder(num_training_steps=3), seen, epochs=2)
+    model, seen, follow = make_model(lr_schedule="cosine", ema_decay=0.5), Seen(), Follow()
+    fit(model, LearningRateFinder(num_training_steps=3), seen, follow, epochs=2)
+    np.testing.assert_allclose(follow.rates[-4:], model.lr * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2, rtol=1e-6)
     assert [measurement.epoch for measurement in model.choice.history] == [0, 1]
     assert sorted(seen.training[-12:]) == sorted(2 * [f"{i}.png" for i in set(range(8)) - set(split(8, 0.2, 0))])
 
@@ -394,6 +418,91 @@ def test_checkpoint_of_an_older_version(make_model, fit, tmp_path):
     with pytest.warns(UserWarning, match="held_out_share: the checkpoint comes from a training that held no images"):
         fit(loaded, epochs=2, ckpt_path=tmp_path / "old.ckpt")
     assert [measurement.epoch for measurement in loaded.choice.history] == [1]
+
+
+@pytest.mark.parametrize("share", [0.2, 0])
+def test_averaged_student_is_measured_validated_saved_and_kept(make_model, fit, images, share):
+    model, follow = make_model(ema_decay=0.6, held_out_share=share), Follow(0.6)
+    engine = fit(model, follow, Seen(), epochs=3)
+    checkpoint = content(engine)
+    choice = checkpoint[CHECKPOINT_KEY]
+    kept = choice["epoch"] if share else 2
+    expected = {name: follow.after_epoch[kept][name] for name in follow.average}
+    student = student_of(checkpoint["state_dict"])
+    torch.testing.assert_close(student, expected, rtol=1e-4, atol=1e-6)
+    assert same(model.model.student_model.state_dict(), student)
+    assert same(choice["student"], follow.last)
+    torch.testing.assert_close(choice["average"], follow.average, rtol=1e-4, atol=1e-6)
+
+    loaded = StfpmExt.load_from_checkpoint(engine.best_model_path, visualizer=False)
+    if share:
+        by_hand = held_out_map(loaded, images, split(8, 0.2, 0))
+        assert choice["held_out_map"] == pytest.approx(by_hand, rel=1e-6)
+        assert min(value for _, _, value in choice["history"]) == choice["held_out_map"]
+    statistics = {name: buffer.clone() for name, buffer in loaded.post_processor.named_buffers()}
+    engine.trainer.validate(loaded, datamodule=folder(images), verbose=False)
+    torch.testing.assert_close(dict(loaded.post_processor.named_buffers()), statistics, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("share", [0.2, 0])
+def test_resumed_run_with_average_and_schedule_ends_as_the_unbroken_one(make_model, fit, tmp_path, share):
+    settings = {"lr_schedule": "cosine", "ema_decay": 0.6, "held_out_share": share}
+    each_epoch = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    each_step = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    unbroken = fit(make_model(**settings), each_epoch, each_step, epochs=2)
+    unbroken.trainer.save_checkpoint(tmp_path / "unbroken.ckpt")
+    first = torch.load(tmp_path / "step=1.ckpt", weights_only=True)  # before anything was measured
+    assert same(student_of(first["state_dict"]), first[CHECKPOINT_KEY]["average"])
+
+    broken = tmp_path / "epoch=0.ckpt"
+    resumed = fit(make_model(**settings, seed=3), epochs=2, ckpt_path=broken)
+    resumed.trainer.save_checkpoint(tmp_path / "resumed.ckpt")
+    results = [torch.load(tmp_path / name, weights_only=True) for name in ("unbroken.ckpt", "resumed.ckpt")]
+    assert same(results[0]["state_dict"], results[1]["state_dict"])
+    expected, found = (result[CHECKPOINT_KEY] for result in results)
+    for tensors in ("student", "average"):
+        assert same(found.pop(tensors), expected.pop(tensors))
+    assert torch.equal(found.pop("random_state"), expected.pop("random_state"))
+    assert found == expected
+    assert results[0]["lr_schedulers"] == results[1]["lr_schedulers"]
+
+    for other, message in (
+        ({"ema_decay": None}, "ema_decay: wanted 0.6 as in the checkpoint, got None"),
+        ({"ema_decay": 0.7}, "ema_decay: wanted 0.6 as in the checkpoint, got 0.7"),
+        ({"lr_schedule": "constant"}, "lr_schedule: wanted cosine as in the checkpoint, got constant"),
+        ({"held_out_share": 0.4}, f"held_out_share: wanted {share} as in the checkpoint, got 0.4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(make_model(**(settings | other)), epochs=2, ckpt_path=broken)
+    with pytest.raises(ValueError, match="lr_schedule: wanted a training of 4 steps as in the checkpoint, got 6"):
+        fit(make_model(**settings), epochs=3, ckpt_path=broken)
+
+
+def test_cosine_ends_at_zero(make_model, fit, images, tmp_path):
+    follow = Follow()
+    fit(make_model(lr_schedule="cosine"), follow, epochs=3, data=folder(images, train_batch_size=2))
+    expected = 0.05 * (1 + np.cos(np.pi * np.arange(9) / 9)) / 2  # 3 steps an epoch: 6 of the 8 images, 2 in a batch
+    np.testing.assert_allclose(follow.rates, expected, rtol=1e-6)
+
+    endless = Trainer(max_time="00:01:00:00", default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match=r"lr_schedule: wanted constant, or a trainer that knows .*, got cosine"):
+        endless.fit(make_model(lr_schedule="cosine"), datamodule=folder(images))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("ema_decay", 1, ValueError, "a decay above 0 and below 1, or None for no average, got 1"),
+        ("ema_decay", 0.0, ValueError, "a decay above 0 and below 1, or None for no average, got 0.0"),
+        ("ema_decay", float("nan"), ValueError, "a decay .*, got nan"),
+        ("ema_decay", "0.9", TypeError, "a decay .*, got '0.9'"),
+        ("ema_decay", True, TypeError, "a decay .*, got True"),
+        ("lr_schedule", "cos", ValueError, "constant or cosine, got 'cos'"),
+    ],
+)
+def test_bad_settings_of_average_and_schedule(argument, value, error, message):
+    with pytest.raises(error, match=f"{argument}: wanted {message}"):
+        StfpmExt(teacher_weights=False, **{argument: value})
 
 
 def test_export_holds_one_student(make_model, fit, tmp_path):
@@ -431,9 +540,11 @@ def test_hundred_epochs_unless_the_user_says_otherwise(make_model, images, tmp_p
 
 DDP = """
 import json
+import os
 import sys
 from pathlib import Path
 
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
@@ -443,16 +554,29 @@ images, weights, output = sys.argv[1:]
 read_image = anomalib_dataset.read_image
 read = []
 anomalib_dataset.read_image = lambda path, **arguments: read.append(Path(path).name) or read_image(path, **arguments)
-data = Folder(name="noise", root=images, normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
-    train_batch_size=2, num_workers=0)
-model = StfpmExt("resnet18", ["layer1", "layer2"], weights, lr=0.05, held_out_share=0.3, seed=0, visualizer=False,
-    pre_processor=StfpmExt.configure_pre_processor((48, 64)))
-engine = Engine(default_root_dir=output, max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False,
-    enable_progress_bar=False, limit_val_batches=0)
-engine.fit(model, datamodule=data)
-result = {"history": model.choice.history, "read": read, "checkpoint": engine.best_model_path,
-    "student": sum(float(tensor.double().sum()) for tensor in model.model.student_model.state_dict().values())}
-Path(output, f"{engine.trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+def fit(name, ckpt_path=None, **settings):
+    read.clear()
+    data = Folder(name="noise", root=images, normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
+        train_batch_size=2, num_workers=0)
+    model = StfpmExt("resnet18", ["layer1", "layer2"], weights, lr=0.05, seed=0, visualizer=False,
+        pre_processor=StfpmExt.configure_pre_processor((48, 64)), **settings)
+    each_epoch = ModelCheckpoint(Path(output, name), filename="{epoch}", save_top_k=-1)
+    own = Path(output, name, os.environ.get("LOCAL_RANK", "0"))  # anomalib's numbered folders are no matter for two
+    engine = Engine([each_epoch], default_root_dir=own, max_epochs=2, accelerator="cpu", devices=2, strategy="ddp",
+        logger=False, enable_progress_bar=False, limit_val_batches=0)
+    engine.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    result = {"history": model.choice.history, "read": read, "checkpoint": each_epoch.best_model_path,
+        "student": sum(float(tensor.double().sum()) for tensor in model.model.student_model.state_dict().values())}
+    Path(output, f"{name}_{engine.trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+fit("paper", held_out_share=0.3)
+options = {"lr_schedule": "cosine", "ema_decay": 0.6}
+for share in (0.3, 0):
+    fit(f"options_{share}", held_out_share=share, **options)
+    fit(f"resumed_{share}", Path(output, f"options_{share}", "epoch=0.ckpt"), held_out_share=share, **options)
 """
 
 
@@ -462,7 +586,11 @@ def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
     command = [sys.executable, script, images, resnet18_weights, tmp_path]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+
+    def results(name: str) -> list[dict]:
+        return [json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+
+    first, second = results("paper")
     assert first["history"] == second["history"]
     assert len(first["history"]) == 2
     assert first["student"] == second["student"]
@@ -474,3 +602,14 @@ def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
     loaded = StfpmExt.load_from_checkpoint(first["checkpoint"], visualizer=False)
     best = min(value for _, _, value in first["history"])
     assert best == pytest.approx(held_out_map(loaded, images, held_out), rel=1e-6)
+
+    for share in (0.3, 0):
+        processes = results(f"options_{share}") + results(f"resumed_{share}")
+        assert len(processes[0]["history"]) == (2 if share else 0)
+        for process in processes[1:]:
+            assert process["history"] == processes[0]["history"]
+            assert process["student"] == processes[0]["student"]
+        unbroken, resumed = (torch.load(processes[index]["checkpoint"], weights_only=True) for index in (0, 2))
+        assert same(resumed["state_dict"], unbroken["state_dict"])
+        for tensors in ("student", "average"):
+            assert same(resumed[CHECKPOINT_KEY][tensors], unbroken[CHECKPOINT_KEY][tensors])
