@@ -156,7 +156,8 @@ def draw_levels(
         # All of one size, so that a place in one is the same place in the others.
         drawn = axis.imshow(panel, extent=(0, width, height, 0), **how)
         axis.set(title=title, xticks=[], yticks=[])
-    bar = figure.colorbar(drawn, ax=axes, label=f"distance; product{root}", pad=0.01)
+    more = "max" if end < levels.maps.max() else "neither"
+    bar = figure.colorbar(drawn, ax=axes, label=f"distance; product{root}", extend=more, pad=0.01)
     if line:
         bar.ax.axhline(line, color="cyan", linewidth=2)
         bar.set_ticks([0, line, end], labels=["0", f"threshold{root} {line:.2g}", f"{end:.2g}"])

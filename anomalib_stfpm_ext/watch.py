@@ -296,6 +296,7 @@ def watch(
     failures: dict[tuple[Path, Version], float] = {}  # when each was found unreadable first
     lost = False
     with ScoreTable(csv) as table:
+        print(_printable(f"Watching {folder}; scores go to {csv}"), flush=True)
         while True:
             try:
                 settled, changing = arrivals.look()
