@@ -37,8 +37,8 @@ from anomalib.visualization.image.functional import overlay_image, visualize_ano
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 
-from .contact_sheet import draw_sheet, pick
 from .lightning_model import StfpmExt
+from .pictures import draw_sheet, pick
 from .scorer import fail
 
 METRICS = {

@@ -20,7 +20,7 @@ from rich.table import Table
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
-from anomalib_stfpm_ext.contact_sheet import PICTURES_PER_ROW, draw_sheet, pick
+from anomalib_stfpm_ext.pictures import PICTURES_PER_ROW, draw_histogram, draw_sheet, pick
 
 
 class PartTimer:
@@ -123,6 +123,7 @@ def main() -> None:
         map_rows.append((title, [maps[index].sqrt().numpy() for index in picked], captions))
     draw_sheet(pictures / "contact_sheet.png", overlay_rows)
     draw_sheet(pictures / "heat_maps.png", map_rows, cmap="inferno", vmin=0, vmax=(2 * threshold) ** 0.5)
+    draw_histogram(scores, labels, threshold).save(pictures / "histogram.png")
     print(f"Overlays of {2 * PICTURES_PER_ROW} cells, and all of them on one sheet: {pictures / 'contact_sheet.png'}")
 
 

@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resize
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.contact_sheet import pick
+from anomalib_stfpm_ext.pictures import pick
 from anomalib_stfpm_ext.reproduce import PUBLISHED, main, make_table, measure, rescaled_pro, to_markdown
 
 ROLES = {"train/good": 6, "test/good": 3, "test/broken": 2, "test/scratched": 2}

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Level maps beside their product, the histogram of scores, and the commands that draw them."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data.utils import read_image
+from PIL import Image
+from skimage.draw import disk
+
+from anomalib_stfpm_ext import StfpmExt, pictures
+from anomalib_stfpm_ext.bridges import save_checkpoint
+from anomalib_stfpm_ext.pictures import LevelMaps, draw_histogram, draw_levels, main, measure_levels, raw_threshold
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = StfpmExt("test_resnet", ["layer3", "layer1", "layer2"], teacher_weights=False).eval()
+    for name, value in {"_image_threshold": 0.4, "image_min": 0.1, "image_max": 1.1}.items():
+        getattr(model.post_processor, name).fill_(value)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "model.ckpt"
+    save_checkpoint(model, path)
+    return path
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Hand out the figures instead of pictures of them."""
+    monkeypatch.setattr(pictures, "_render", lambda figure: figure)
+
+
+def two_levels(value: float) -> LevelMaps:
+    shape = (32, 48)
+    maps = np.stack([np.full(shape, value, np.float32)] * 2)
+    return LevelMaps(["layer1", "layer2"], [(8, 12), (4, 6)], maps, maps.prod(0), value**2)
+
+
+def test_levels_are_those_of_the_anomaly_map(model, images):
+    image = read_image(images / "bad" / "0.png", as_tensor=True)
+    levels = measure_levels(model, image)
+    with torch.inference_mode():
+        expected = model.model(model.pre_processor.transform(image[None]))
+    np.testing.assert_array_equal(levels.product, expected.anomaly_map[0, 0])
+    assert levels.score == expected.pred_score.item() == levels.product.max()
+    np.testing.assert_allclose(levels.maps.prod(0), levels.product, rtol=1e-5)
+    assert levels.names == ["layer1", "layer2", "layer3"]  # from fine to coarse, whatever the model's order
+    assert levels.sizes[0] > levels.sizes[1] > levels.sizes[2]
+    coarseness = [np.abs(np.diff(level, n=2)).mean() / level.std() for level in levels.maps]
+    assert coarseness == sorted(coarseness, reverse=True)
+
+
+@pytest.mark.parametrize("sensitivity", [0.5, 0.7])
+def test_raw_threshold_is_that_of_the_predictions(model, sensitivity, monkeypatch):
+    monkeypatch.setattr(model.post_processor, "image_sensitivity", torch.tensor(sensitivity))
+    threshold = raw_threshold(model)
+    scores = torch.tensor([[threshold - 0.01], [threshold + 0.01]])
+    batch = model.post_processor(type("", (), {"pred_score": scores, "anomaly_map": None}))
+    assert batch.pred_label.flatten().tolist() == [False, True]
+
+
+def test_no_threshold_before_a_validation():
+    model = StfpmExt("test_resnet", ["layer1"], teacher_weights=False)
+    assert raw_threshold(model) is None
+    assert raw_threshold(StfpmExt("test_resnet", ["layer1"], teacher_weights=False, post_processor=False)) is None
+
+
+@pytest.mark.usefixtures("figures")
+def test_all_maps_share_a_scale_on_which_the_product_is_a_root():
+    figure = draw_levels(np.zeros((20, 30, 3)), two_levels(0.3), np.eye(20, 30), threshold=0.04)
+    image, mask, fine, coarse, product, bar = figure.axes
+    titles = [axis.get_title() for axis in (image, mask, fine, coarse, product)]
+    assert titles == [
+        "image",
+        "mask",
+        "fine: layer1\n8 x 12",
+        "coarse: layer2\n4 x 6",
+        "product$^{1/2}$\nraw score 0.09",
+    ]
+    for axis in (fine, coarse, product):
+        (drawn,) = axis.get_images()
+        np.testing.assert_allclose(drawn.get_array(), 0.3, rtol=1e-6)
+        assert drawn.get_clim() == pytest.approx((0, 0.4))  # twice the root of the threshold
+        assert drawn.get_extent() == image.get_images()[0].get_extent() == mask.get_images()[0].get_extent()
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["0", "threshold$^{1/2}$ 0.2", "0.4"]
+
+
+@pytest.mark.usefixtures("figures")
+def test_scale_without_threshold_ends_with_the_largest_distance():
+    for threshold in (None, -0.1):
+        *_, product, _ = draw_levels(np.zeros((20, 30, 3)), two_levels(0.3), threshold=threshold).axes
+        assert product.get_images()[0].get_clim() == pytest.approx((0, 0.3))
+    *_, product, _ = draw_levels(np.zeros((20, 30, 3)), two_levels(0.3), threshold=3.0).axes
+    assert product.get_images()[0].get_clim() == (0, 2)  # a distance is no larger
+
+
+@pytest.mark.usefixtures("figures")
+def test_histogram_counts_every_image_and_the_mistakes():
+    scores = torch.tensor([0.0, 1e-4, 2e-3, 5e-3, 4e-3, 0.02, 0.3])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    (axis,) = (figure := draw_histogram(scores, labels, threshold=4.5e-3)).axes
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "good: 4 images, 1 above the threshold",
+        "defective: 3 images, 1 not above the threshold",
+        "threshold: 0.0045",
+    ]
+    assert axis.get_xscale() == "log"
+    edges, counts = zip(*((patch.get_xy()[:, 0], patch.get_xy()[:, 1]) for patch in axis.patches), strict=True)
+    assert all(1e-4 / 1.06 < ends.min() < 1e-4 and 0.3 < ends.max() < 0.3 * 1.06 for ends in edges)
+    # stepfilled: each bar stands twice in the outline, and the outline comes back along the bottom
+    assert [tops.sum() / 2 for tops in counts] == [4, 3]
+
+
+@pytest.mark.parametrize("scores", [[0.1, float("nan")], [0.1, -0.1], [0.0, 0.0]])
+def test_histogram_refuses_what_has_no_logarithm(scores):
+    with pytest.raises(ValueError, match="scores: wanted finite numbers of at least 0"):
+        draw_histogram(torch.tensor(scores), torch.tensor([0, 1]))
+
+
+def test_level_command(checkpoint, images, tmp_path):
+    few = tmp_path / "images"
+    for name in ("bad/0.png", "bad/1.png", "good/0.png"):
+        (few / name).parent.mkdir(parents=True, exist_ok=True)
+        (few / name).write_bytes((images / name).read_bytes())
+    masks = tmp_path / "masks" / "bad"
+    masks.mkdir(parents=True)
+    for name in ("0.png", "1_mask.png"):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[disk((20, 30), 10)] = 255
+        Image.fromarray(mask).save(masks / name)
+    main(["levels", str(checkpoint), str(few), str(tmp_path / "levels"), "--masks", str(tmp_path / "masks")])
+    drawn = {path.relative_to(tmp_path / "levels"): Image.open(path) for path in (tmp_path / "levels").rglob("*.png")}
+    assert set(drawn) == {path.relative_to(few) for path in few.rglob("*.png")}
+    wide = {str(name) for name, picture in drawn.items() if picture.width == max(p.width for p in drawn.values())}
+    assert wide == {"bad/0.png", "bad/1.png"}
+
+
+def test_histogram_command(checkpoint, images, tmp_path):
+    file = tmp_path / "new" / "histogram.png"
+    main(["histogram", str(checkpoint), str(images / "good_test"), str(images / "bad"), str(file)])
+    colours = np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3).astype(int)
+    assert (colours[:, 2] > colours[:, 0] + 30).any()  # blue
+    assert (colours[:, 0] > colours[:, 2] + 30).any()  # red
+
+
+def test_errors_of_the_commands(checkpoint, images, tmp_path):
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    for wrong, message in (
+        (["levels", tmp_path / "none.ckpt", images, tmp_path], "FileNotFoundError: checkpoint: wanted a checkpoint"),
+        (["levels", tmp_path / "text.ckpt", images, tmp_path], "ValueError: checkpoint: .* cannot be read"),
+        (["levels", checkpoint, tmp_path, tmp_path / "out"], "ValueError: images: wanted a folder with images"),
+        (["levels", checkpoint, images / "bad", images / "bad"], "ValueError: output: wanted another folder"),
+        (
+            ["levels", checkpoint, images / "bad", tmp_path / "out", "--masks", images],
+            "ValueError: masks: wanted masks of images",
+        ),
+        (["histogram", checkpoint, images, tmp_path / "no", tmp_path / "a.png"], "ValueError: defective: wanted"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([str(option) for option in wrong])

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command that scores images as they arrive: whole, half-written and broken files, restarts, signals."""
+
+import csv
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import PredictDataset
+from anomalib.deploy import TorchInferencer
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.bridges import save_checkpoint
+from anomalib_stfpm_ext.watch import main
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Save a model whose threshold some of the images are above."""
+    torch.manual_seed(0)
+    model = StfpmExt("test_resnet", ["layer1", "layer2"], teacher_weights=False)
+    for name, value in {"_image_threshold": 0.63, "image_min": 0.1, "image_max": 1.0}.items():
+        getattr(model.post_processor, name).fill_(value)
+    model.post_processor.pixel_min.fill_(0.0)
+    model.post_processor.pixel_max.fill_(1.0)
+    path = tmp_path_factory.mktemp("watch") / "model.ckpt"
+    save_checkpoint(model, path)
+    return path
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    """Copy images of several modes into a folder, one of them into a subfolder."""
+    folder = tmp_path / "line"
+    shutil.copytree(images / "bad", folder / "bad")
+    picture = Image.open(images / "bad" / "0.png").resize((400, 300))
+    for mode, name in (("L", "grey.jpg"), ("RGBA", "alpha.png"), ("CMYK", "cmyk.tif"), ("1", "bits.bmp")):
+        picture.convert(mode).save(folder / name)
+    Image.fromarray(np.arange(90_000, dtype=np.uint16).reshape(300, 300)).save(folder / "deep.PNG")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("somebody's unfinished file")
+    return folder
+
+
+def watch(checkpoint: Path, folder: Path, *options: object) -> None:
+    given = [checkpoint, folder, "--csv", folder.parent / "scores.csv", "--interval", 0.05, "--patience", 0, *options]
+    main([str(option) for option in given])
+
+
+def rows(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder.parent / "scores.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    by_name = {row["file"]: row for row in found}
+    assert len(by_name) == len(found)  # none twice
+    return by_name
+
+
+def test_scores_and_overlays_are_those_of_anomalib_predict(checkpoint, folder, tmp_path):
+    watch(checkpoint, folder, "--overlays", tmp_path / "overlays", "--once")
+    engine = Engine(accelerator="cpu", logger=False, default_root_dir=tmp_path / "results")
+    (folder / ".hidden.png").unlink()
+    model = StfpmExt.load_from_checkpoint(checkpoint)
+    batches = engine.predict(model, dataset=PredictDataset(folder), return_predictions=True)
+    found = rows(folder)
+    assert len(found) == len(batches) == 9
+    for batch in batches:
+        path = Path(batch.image_path[0])
+        row = found[str(path.relative_to(folder))]
+        assert np.float32(row["score"]) == batch.pred_score.item()
+        assert row["verdict"] == ("defective" if batch.pred_label.item() else "good")
+        assert (row["threshold"], row["error"]) == ("0.5", "")
+        assert float(row["seconds"]) > 0
+        assert time.strptime(row["time"][:19] + row["time"][23:], "%Y-%m-%dT%H:%M:%S%z")
+        (theirs,) = (tmp_path / "results").rglob(f"images/*/{path.name}")
+        ours = tmp_path / "overlays" / path.relative_to(folder)
+        assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
+    assert {row["verdict"] for row in found.values()} == {"good", "defective"}
+
+
+def test_export_scores_as_anomalibs_inferencer_does(checkpoint, folder, tmp_path, monkeypatch):
+    export = StfpmExt.load_from_checkpoint(checkpoint).to_torch(tmp_path)
+    with pytest.raises(SystemExit, match=r"ValueError: model: .*TRUST_REMOTE_CODE"):
+        watch(export, folder, "--once")
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    watch(export, folder, "--once", "--device", "cpu")
+    inferencer = TorchInferencer(export, device="cpu")
+    for name, row in rows(folder).items():
+        assert float(row["score"]) == pytest.approx(inferencer.predict(folder / name).pred_score.item(), rel=1e-6)
+
+
+def test_restart_scores_only_what_is_new(checkpoint, folder):
+    watch(checkpoint, folder, "--once")
+    before = (folder.parent / "scores.csv").read_bytes()
+    watch(checkpoint, folder, "--once")
+    assert (folder.parent / "scores.csv").read_bytes() == before
+    (folder / "bad" / "0.png").rename(folder / "renamed in.png")
+    shutil.copyfile(folder / "bad" / "1.png", folder / "grey.jpg")  # another image of the same name
+    watch(checkpoint, folder, "--once")
+    added = (folder.parent / "scores.csv").read_bytes().removeprefix(before).decode().splitlines()
+    assert sorted(line.split(",")[1] for line in added) == ["grey.jpg", "renamed in.png"]
+
+
+def test_unfinished_row_is_removed_and_written_again(checkpoint, folder, capsys):
+    watch(checkpoint, folder, "--once")
+    table = folder.parent / "scores.csv"
+    whole = rows(folder)
+    table.write_bytes(table.read_bytes()[:-9])
+    watch(checkpoint, folder, "--once")
+    assert "never finished" in capsys.readouterr().err
+    assert {name: row["score"] for name, row in rows(folder).items()} == {
+        name: row["score"] for name, row in whole.items()
+    }
+
+
+def test_broken_files_are_told_once_and_leave_a_row(checkpoint, folder, capsys):
+    whole = (folder / "bad" / "0.png").read_bytes()
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "text.bmp").write_text("not a bitmap")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to("nowhere.png")
+    for _ in range(2):
+        watch(checkpoint, folder, "--once")
+    told = capsys.readouterr().err
+    for name in ("half.png", "empty.jpg", "text.bmp"):
+        row = rows(folder)[name]
+        assert row["error"]
+        assert (row["score"], row["verdict"], row["seconds"]) == ("", "", "")
+        assert told.count(f"{name}: {row['error']}") == 1
+    assert len(rows(folder)) == 12
+    (folder / "half.png").write_bytes(whole)
+    with (folder.parent / "scores.csv").open(newline="") as file:
+        before = len(list(file))
+    watch(checkpoint, folder, "--once")
+    with (folder.parent / "scores.csv").open(newline="") as file:
+        added = list(csv.reader(file))[before:]
+    assert [(row[1], row[6]) for row in added] == [("half.png", "")]
+    assert added[0][2]
+
+
+def test_file_that_is_being_written_is_waited_for(checkpoint, folder, capsys):
+    """It grows from look to look, and once rests, unreadable, for several of them."""
+    encoded = io.BytesIO()
+    Image.open(folder / "bad" / "1.png").save(encoded, "png")
+    parts = np.array_split(np.frombuffer(encoded.getvalue(), np.uint8), 12)
+
+    def write():
+        with (folder / "slow.png").open("wb", buffering=0) as file:
+            for index, part in enumerate(parts):
+                file.write(part.tobytes())
+                time.sleep(0.6 if index == 6 else 0.02)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    watch(checkpoint, folder, "--once", "--patience", 30)
+    writer.join()
+    row = rows(folder)["slow.png"]
+    assert row["error"] == ""
+    assert int(row["bytes"]) == len(encoded.getvalue())
+    assert row["score"] == rows(folder)["bad/1.png"]["score"]
+    assert capsys.readouterr().err == ""
+
+
+def test_strange_names(checkpoint, folder):
+    names = ["a,b.png", 'quo"te.png', "new\nline.png", "größe.png", os.fsdecode(b"latin-\xe9.png"), "=1+1.png"]
+    for name in names:
+        shutil.copyfile(folder / "bad" / "0.png", folder / name)
+    watch(checkpoint, folder, "--once", "--overlays", folder / "overlays")
+    found = rows(folder)
+    assert {"a,b.png", 'quo"te.png', r"new\nline.png", "größe.png", r"latin-\udce9.png", "=1+1.png"} < set(found)
+    assert all((folder / "overlays" / name).is_file() for name in names)
+    assert len((folder.parent / "scores.csv").read_bytes().splitlines()) == len(found) + 1
+    watch(checkpoint, folder, "--once", "--overlays", folder / "overlays")  # which are no images to be scored
+    assert rows(folder) == found
+
+
+def test_model_without_threshold_gives_no_verdict(folder, tmp_path):
+    torch.manual_seed(0)
+    model = StfpmExt("test_resnet", ["layer1", "layer2"], teacher_weights=False)
+    save_checkpoint(model, tmp_path / "raw.ckpt")
+    watch(tmp_path / "raw.ckpt", folder, "--once")
+    assert {(row["verdict"], row["threshold"]) for row in rows(folder).values()} == {("", "")}
+
+
+def test_model_that_gives_nan_is_an_error(checkpoint, folder, tmp_path, capsys):
+    model = StfpmExt.load_from_checkpoint(checkpoint)
+    with torch.no_grad():
+        next(model.model.student_model.parameters()).fill_(float("nan"))
+    save_checkpoint(model, tmp_path / "nan.ckpt")
+    with pytest.raises(SystemExit, match="FloatingPointError: model: wanted one that gives finite scores, got nan"):
+        watch(tmp_path / "nan.ckpt", folder, "--once")
+    assert "cannot be scored" in capsys.readouterr().err
+    assert rows(folder) == {}
+
+
+def test_bad_arguments(checkpoint, folder, tmp_path):
+    (tmp_path / "diary.csv").write_text("dear diary")
+    (tmp_path / "model.ckpt").write_text("no checkpoint")
+    for wrong, message in (
+        ([checkpoint, tmp_path / "nowhere"], "FileNotFoundError: folder: wanted a folder of images"),
+        ([tmp_path / "nothing.ckpt", folder], "FileNotFoundError: model: wanted a checkpoint"),
+        ([tmp_path / "model.ckpt", folder], "ValueError: model: .* cannot be read as a checkpoint"),
+        ([tmp_path / "diary.csv", folder], "ValueError: model: wanted a checkpoint"),
+        ([checkpoint, folder, "--csv", tmp_path / "diary.csv"], "ValueError: csv: wanted a new file"),
+        ([checkpoint, folder, "--overlays", folder], "ValueError: overlays: wanted another folder"),
+        ([checkpoint, folder, "--interval", "0"], "ValueError: interval: wanted more than 0"),
+        ([checkpoint, folder, "--patience", "-1"], "ValueError: patience: wanted at least 0"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*map(str, wrong), "--once", *([] if "--csv" in wrong else ["--csv", str(tmp_path / "new.csv")])])
+    assert (tmp_path / "diary.csv").read_text() == "dear diary"
+
+
+def test_line(checkpoint, folder, tmp_path):
+    """A process of its own: images arrive, the folder goes and comes back, a second process is refused, it ends."""
+    command = [sys.executable, "-m", "anomalib_stfpm_ext.watch", checkpoint, folder, "--csv", tmp_path / "scores.csv"]
+    process = subprocess.Popen([*command, "--interval", "0.1"], stderr=subprocess.PIPE, text=True)
+
+    def wait_for(*names: str) -> None:
+        for _ in range(600):
+            if (tmp_path / "scores.csv").is_file() and set(names) <= set(rows(folder)):
+                return
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        pytest.fail(f"no row of {names}")
+
+    try:
+        wait_for("bad/0.png", "grey.jpg")
+        with pytest.raises(SystemExit, match=r"BlockingIOError.*another process writes to it"):
+            watch(checkpoint, folder, "--once")
+        shutil.copyfile(folder / "bad" / "0.png", folder / ".arriving")
+        (folder / ".arriving").rename(folder / "arrived.png")
+        wait_for("arrived.png")
+        folder.rename(tmp_path / "away")
+        time.sleep(1)
+        (tmp_path / "away").rename(folder)
+        shutil.copyfile(folder / "bad" / "0.png", folder / "later.png")
+        wait_for("later.png")
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert told.count("waiting for it to come back") == told.count("is back") == 1
+    assert told.endswith("stopped\n")
+
+
+def test_full_disk_is_an_error_that_names_the_file(checkpoint, folder, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    watch(checkpoint, folder / "bad", "--once")
+    shutil.copyfile(folder / "bad" / "0.png", folder / "bad" / "new.png")
+    size = (folder / "scores.csv").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+    try:
+        with pytest.raises(SystemExit, match=r"OSError: .*scores\.csv'"):
+            watch(checkpoint, folder / "bad", "--once")
+        with pytest.raises(SystemExit, match=r"OSError: .*overlays/new\.png'"):
+            watch(checkpoint, folder / "bad", "--once", "--overlays", tmp_path / "overlays")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    watch(checkpoint, folder / "bad", "--once")
+    assert rows(folder / "bad")["new.png"]["score"] == rows(folder / "bad")["0.png"]["score"]
