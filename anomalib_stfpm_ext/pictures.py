@@ -38,7 +38,7 @@ class LevelMaps:
     Args:
         names (list[str]): The levels, from the finest to the coarsest.
         sizes (list[tuple[int, int]]): Height and width of their features.
-        maps (np.ndarray): Their distances ``(levels, H, W)``, float32, from 0 to 2.
+        maps (np.ndarray): Their distances ``(levels, h, w)`` where they are combined, float32, from 0 to 2.
         product (np.ndarray): The anomaly map ``(H, W)``, float32.
         score (float): The image score, the maximum of the product.
     """
@@ -107,7 +107,8 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
     if model.pre_processor:
         images = model.pre_processor.transform(images)  # not its forward, which resizes as exported models do
     teacher, student = model.model.teacher_model(images), model.model.student_model(images)
-    product, score, maps = anomaly_map(teacher, student, tuple(images.shape[-2:]), level_maps=True)
+    size, combine_size = tuple(images.shape[-2:]), model.model.combine_size(teacher)
+    product, score, maps = anomaly_map(teacher, student, size, combine_size=combine_size, level_maps=True)
     sizes = {name: (features.shape[-2], features.shape[-1]) for name, features in teacher.items()}
     order = sorted(range(len(sizes)), key=lambda level: -np.prod(list(sizes.values())[level]))
     return LevelMaps(

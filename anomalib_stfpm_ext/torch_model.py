@@ -4,7 +4,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -80,9 +80,7 @@ class StfpmExtModel(nn.Module):
         student = self._features(self.student_model, images)
         if self.training:
             return teacher, student
-        combine_size = None
-        if self.combine_at == "finest":
-            combine_size = max((level.shape[-2:] for level in teacher.values()), key=math.prod)
+        combine_size = self.combine_size(teacher)
         if images.device.type == "cuda" and not has_kernel(images.device):
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
             options = check_options(None, "product", combine_size, False, list(teacher))
@@ -90,6 +88,19 @@ class StfpmExtModel(nn.Module):
         else:
             amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))
+
+    def combine_size(self, features: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+        """Say where the scorer combines the levels.
+
+        Args:
+            features (Mapping[str, torch.Tensor]): Features ``(B, C, H_l, W_l)`` by level.
+
+        Returns:
+            tuple[int, int] | None: Height and width of the finest level, or ``None`` for those of the image.
+        """
+        if self.combine_at == "image":
+            return None
+        return max(((level.shape[-2], level.shape[-1]) for level in features.values()), key=math.prod)
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the teacher's side, which never changes for an image.

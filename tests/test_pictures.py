@@ -13,8 +13,6 @@ from anomalib_stfpm_ext import StfpmExt, pictures
 from anomalib_stfpm_ext.bridges import save_checkpoint
 from anomalib_stfpm_ext.pictures import LevelMaps, draw_histogram, draw_levels, main, measure_levels, raw_threshold
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -56,6 +54,17 @@ def test_levels_are_those_of_the_anomaly_map(model, images):
     assert levels.sizes[0] > levels.sizes[1] > levels.sizes[2]
     coarseness = [np.abs(np.diff(level, n=2)).mean() / level.std() for level in levels.maps]
     assert coarseness == sorted(coarseness, reverse=True)
+
+
+def test_levels_combined_at_the_finest_size(model, images, monkeypatch):
+    monkeypatch.setattr(model.model, "combine_at", "finest")
+    image = read_image(images / "bad" / "0.png", as_tensor=True)
+    levels = measure_levels(model, image)
+    with torch.inference_mode():
+        expected = model.model(model.pre_processor.transform(image[None]))
+    np.testing.assert_array_equal(levels.product, expected.anomaly_map[0, 0])
+    assert levels.maps.shape[1:] == levels.sizes[0]
+    assert draw_levels(np.zeros((20, 30, 3)), levels).width > 500
 
 
 @pytest.mark.parametrize("sensitivity", [0.5, 0.7])
