@@ -24,6 +24,8 @@ from torch import nn
 
 from .feature_pyramid import load_tensors, read_file
 from .lightning_model import StfpmExt
+from .scorer import fail
+from .teacher_checkpoint import CHECKPOINT_KEY as TEACHER_KEY
 
 _AUTHORS_BACKBONE = "resnet18.tv_in1k"
 _AUTHORS_LAYERS = ["layer1", "layer2", "layer3"]
@@ -176,6 +178,9 @@ def _read_checkpoint(
     argument: str, path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None
 ) -> StfpmExt:
     content = read_file(argument, path, "a checkpoint of anomalib's Stfpm", _load_checkpoint)
+    if TEACHER_KEY in content:
+        wanted = "a checkpoint with a teacher, or else the model that StfpmExt.load_from_checkpoint makes of it"
+        fail(ValueError, argument, wanted, f"{str(path)!r}, saved with save_teacher=False")
     settings = content["hyper_parameters"]
     backbone = _agree("backbone", backbone, settings.get("backbone"), path)
     layers = _agree("layers", layers, settings.get("layers"), path)

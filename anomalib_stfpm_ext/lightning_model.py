@@ -29,6 +29,7 @@ from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed,
 from .loss import StfpmExtLoss
 from .scorer import fail
 from .teacher_cache import TeacherCache
+from .teacher_checkpoint import bring_back, leave_out
 from .torch_model import StfpmExtModel
 
 MAX_EPOCHS = 100
@@ -69,6 +70,9 @@ class StfpmExt(AnomalibModule):
             with it a training run can be repeated. It is here since anomalib's command line accepts
             ``--seed_everything`` and ignores it. It also says which images are held out. Defaults to ``None``, which
             leaves the numbers alone and holds out the images of seed 0, as the authors do.
+        save_teacher (bool): Whether checkpoints hold the teacher, half of the model. With ``False`` they name it by its
+            backbone and checksum, and whoever loads one gives the same ``teacher_weights`` again; others are an error.
+            Exports hold the teacher all the same. Defaults to ``True``.
         teacher_cache (Literal["memory", "disk"] | None): Where the teacher's features are kept from the first epoch to
             the end of the fit, so that later epochs run without a teacher: same losses. ``"disk"`` is the folder for
             temporary files (``TMPDIR``). Wants images that are the same in every epoch, so no random augmentation.
@@ -113,6 +117,7 @@ class StfpmExt(AnomalibModule):
         lr_schedule: Literal["constant", "cosine"] = "constant",
         ema_decay: float | None = None,
         seed: int | None = None,
+        save_teacher: bool = True,
         teacher_cache: Literal["memory", "disk"] | None = None,
         teacher_cache_half: bool = False,
         pre_processor: PreProcessor | bool = True,
@@ -137,6 +142,9 @@ class StfpmExt(AnomalibModule):
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.held_out_share, self.seed = held_out_share, seed
+        if not isinstance(save_teacher, bool):
+            fail(TypeError, "save_teacher", "True or False", repr(save_teacher))
+        self.save_teacher = save_teacher
         wants_cache = teacher_cache is not None or teacher_cache_half
         self.cache = TeacherCache(teacher_cache, teacher_cache_half) if wants_cache else None
         self.lr_schedule, self.ema_decay = lr_schedule, ema_decay
@@ -320,14 +328,20 @@ class StfpmExt(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         if self.choice:
             self.choice.save(checkpoint)
+        if not self.save_teacher:
+            leave_out(checkpoint, self.model.teacher_model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume the choice of the student where a fit is resumed.
+        """Resume the choice of the student where a fit is resumed, and check the teacher that a checkpoint only names.
 
         Args:
             checkpoint (dict[str, Any]): Lightning's checkpoint.
+
+        Raises:
+            ValueError: If this model's teacher is another.
         """
         super().on_load_checkpoint(checkpoint)
+        bring_back(checkpoint, self.model.teacher_model)
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             self.choice = None  # that of a fit before; the student is now another
             return
@@ -409,6 +423,8 @@ class StfpmExt(AnomalibModule):
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "StfpmExt":
         """Load a model from a Lightning checkpoint, teacher included: neither internet nor file of weights is needed.
 
+        A checkpoint that was saved with ``save_teacher=False`` needs ``teacher_weights``, as for a new model.
+
         Args:
             checkpoint_path (str | Path): The checkpoint.
             args: As in ``AnomalibModule.load_from_checkpoint``.
@@ -416,6 +432,9 @@ class StfpmExt(AnomalibModule):
 
         Returns:
             StfpmExt: The model.
+
+        Raises:
+            ValueError: If the checkpoint leaves the teacher out, and ``teacher_weights`` is not that teacher.
         """
         kwargs.setdefault("teacher_weights", False)
         kwargs.setdefault("seed", None)  # of the training; the caller's random numbers are not ours

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checkpoints without the teacher: their size, what they give, and which teachers are refused."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from anomalib.data import Folder, PredictDataset
+from anomalib.engine import Engine
+
+from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.bridges import save_checkpoint, write_authors_student
+from anomalib_stfpm_ext.teacher_checkpoint import CHECKPOINT_KEY, TEACHER_PREFIX, checksum
+
+LAYERS = ["layer1", "layer2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these networks are too small for more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> list[Path]:
+    """Make weights of two teachers."""
+    paths = [tmp_path_factory.mktemp("weights") / f"{number}.pth" for number in range(2)]
+    for seed, path in enumerate(paths, 10):  # not those of the models
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet").state_dict(), path)
+    return paths
+
+
+def make_model(teacher_weights: Path | bool, **arguments) -> StfpmExt:
+    settings = {"layers": LAYERS, "lr": 0.05, "seed": 0, "visualizer": False, "save_teacher": False}
+    settings |= {"pre_processor": StfpmExt.configure_pre_processor((48, 64))}
+    return StfpmExt("test_resnet", teacher_weights=teacher_weights, **(settings | arguments))
+
+
+@pytest.fixture
+def fit(images, tmp_path):
+    def run(model: StfpmExt, epochs: int = 2, ckpt_path: str | None = None) -> str:
+        data = Folder("noise", root=images, normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
+            train_batch_size=4, num_workers=0, seed=0)  # fmt: skip
+        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        engine = Engine(max_epochs=epochs, default_root_dir=tmp_path, **quiet)
+        engine.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        return engine.best_model_path
+
+    return run
+
+
+def content(path: str | Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def scores(model: StfpmExt, images: Path, **arguments) -> torch.Tensor:
+    engine = Engine(accelerator="cpu", logger=False, default_root_dir=images / "results")
+    batches = engine.predict(model, dataset=PredictDataset(images / "bad"), **arguments)
+    return torch.cat([batch.pred_score.flatten() for batch in batches])
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor.nan_to_num(), second[name].nan_to_num()) for name, tensor in first.items()
+    )
+
+
+def test_half_the_size(resnet18_weights, tmp_path):
+    sizes = []
+    for save_teacher in (True, False):
+        model = StfpmExt("resnet18", teacher_weights=resnet18_weights, save_teacher=save_teacher)
+        save_checkpoint(model, tmp_path / "model.ckpt")
+        sizes.append((tmp_path / "model.ckpt").stat().st_size)
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_same_predictions(fit, images, weights, tmp_path):
+    whole = make_model(weights[0], save_teacher=True)
+    paths = [fit(whole)]
+    half = make_model(weights[0])
+    paths += [fit(half)]
+    sizes = [Path(path).stat().st_size for path in paths]
+    assert sizes[1] < 0.85 * sizes[0]
+    states = [content(path)["state_dict"] for path in paths]
+    assert states[0].keys() - states[1].keys() == {
+        TEACHER_PREFIX + name for name in whole.model.teacher_model.state_dict()
+    }
+    assert all(torch.equal(tensor.nan_to_num(), states[0][name].nan_to_num()) for name, tensor in states[1].items())
+    save_checkpoint(half, tmp_path / "half.ckpt")
+
+    assert CHECKPOINT_KEY not in content(paths[0])
+    named = content(paths[1])[CHECKPOINT_KEY]
+    assert (named["backbone"], named["layers"]) == ("test_resnet", LAYERS)
+    expected = scores(whole, images)
+    assert torch.equal(scores(StfpmExt.load_from_checkpoint(paths[0]), images), expected)
+    for path in (paths[1], tmp_path / "half.ckpt"):
+        loaded = StfpmExt.load_from_checkpoint(path, teacher_weights=weights[0])
+        assert torch.equal(scores(loaded, images), expected)
+        assert torch.equal(scores(make_model(weights[0]), images, ckpt_path=path), expected)
+    exported = torch.load(loaded.to_torch(tmp_path), weights_only=False)["model"]
+    assert same(exported.state_dict(), whole.state_dict())
+
+
+def test_other_teachers_are_refused(fit, images, weights, tmp_path):
+    path = fit(make_model(weights[0]), epochs=1)
+    sha256 = content(path)[CHECKPOINT_KEY]["sha256"]
+    message = (
+        r"teacher_weights: wanted True or the file of the teacher that the checkpoint names and leaves out, "
+        rf"'test_resnet' with layers \['layer1', 'layer2'\] and sha256 {sha256}, got a teacher with sha256 (?!{sha256})"
+    )
+    with pytest.raises(ValueError, match=message):
+        StfpmExt.load_from_checkpoint(path)
+    for other in (weights[1], False):
+        with pytest.raises(ValueError, match=message):
+            StfpmExt.load_from_checkpoint(path, teacher_weights=other)
+        with pytest.raises(ValueError, match=message):
+            scores(make_model(other), images, ckpt_path=path)
+        with pytest.raises(ValueError, match=message):
+            fit(make_model(other), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"model: wanted a checkpoint with a teacher, or else .*save_teacher=False"):
+        write_authors_student(path, tmp_path / "student.pth")
+    for wrong in ("no", None, 0):
+        with pytest.raises(TypeError, match="save_teacher: wanted True or False, got"):
+            make_model(False, save_teacher=wrong)
+
+
+def test_resumed_run_ends_as_the_unbroken_one(fit, weights):
+    unbroken = content(fit(make_model(weights[0]), epochs=3))
+    path = fit(make_model(weights[0]), epochs=2)
+    resumed = content(fit(make_model(weights[0]), epochs=3, ckpt_path=path))
+    assert same(resumed["state_dict"], unbroken["state_dict"])
+    assert resumed["stfpm_ext_held_out"]["history"] == unbroken["stfpm_ext_held_out"]["history"]
+
+
+def test_checksum():
+    tensors = {"a.weight": torch.rand(2, 3, 4, 5), "b": torch.rand(3), "norm.num_batches_tracked": torch.tensor(3)}
+    expected = checksum(tensors)
+    assert len(expected) == 64
+    laid_out = tensors["a.weight"].to(memory_format=torch.channels_last)
+    assert checksum({"b": tensors["b"], "a.weight": laid_out}) == expected
+    for name, other in (("c", tensors["b"]), ("b", tensors["b"] + 1), ("b", tensors["b"].double())):
+        assert checksum({"a.weight": laid_out, name: other}) != expected
+    assert checksum({**tensors, "a.weight": laid_out.reshape(3, 2, 4, 5)}) != expected
