@@ -3,9 +3,10 @@
 """StfpmExt, the model that anomalib trains, tests and exports."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import _anomalib_stfpm_ext_autoload
 import timm
@@ -33,6 +34,35 @@ from .teacher_checkpoint import bring_back, leave_out
 from .torch_model import StfpmExtModel
 
 MAX_EPOCHS = 100
+
+
+class SentLoss(NamedTuple):
+    """A loss on its way from the device, so that nobody waits for the device until the loss is read."""
+
+    value: torch.Tensor
+    arrived: torch.cuda.Event | None
+    where: str
+
+    @classmethod
+    def send(cls, loss: torch.Tensor, where: str) -> "SentLoss":
+        """Start the copy of a loss of the step at ``where``."""
+        if not loss.is_cuda:
+            return cls(loss, None, where)
+        value = loss.to("cpu", non_blocking=True)  # pinned
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(loss.device))
+        return cls(value, arrived, where)
+
+    def read(self) -> float:
+        """Wait for the loss, and return it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.value)
+
+
+def unread_losses(device: torch.device) -> int:
+    """Return how many losses may be on their way: on CUDA the last, since reading it would wait for its step."""
+    return 1 if device.type == "cuda" else 0
 
 
 class StfpmExt(AnomalibModule):
@@ -149,6 +179,7 @@ class StfpmExt(AnomalibModule):
         self.cache = TeacherCache(teacher_cache, teacher_cache_half) if wants_cache else None
         self.lr_schedule, self.ema_decay = lr_schedule, ema_decay
         self.choice: StudentChoice | None = None
+        self._losses: deque[SentLoss] = deque()
         self._resumed_choice: dict[str, Any] | None = None
         self.configure_optimizers()  # so that a wrong setting is an error now and not after the data is loaded
 
@@ -181,7 +212,7 @@ class StfpmExt(AnomalibModule):
             self.choice.update_average(self.trainer.global_step + 1)
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
-        """Stop where the loss is not finite.
+        """Stop where the loss is not finite; on CUDA one step later, since nothing waits for the step at work.
 
         Args:
             outputs (STEP_OUTPUT): What the training step returned.
@@ -192,9 +223,12 @@ class StfpmExt(AnomalibModule):
             FloatingPointError: If the loss is not finite in one of the processes.
         """
         del batch, batch_idx
-        loss = float(outputs["loss"])  # type: ignore[index]  # the progress bar waits for it, too
-        if self.trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
-            self._stop("a loss that is not finite in another process" if math.isfinite(loss) else f"a loss of {loss}")
+        loss: torch.Tensor = outputs["loss"].detach()  # type: ignore[index]
+        if self.trainer.world_size > 1:  # all processes stop at the same step
+            loss = loss.clone()
+            torch.distributed.all_reduce(loss)
+        self._losses.append(SentLoss.send(loss, self._where()))
+        self._check_losses(unread_losses(loss.device))
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch.
@@ -243,6 +277,7 @@ class StfpmExt(AnomalibModule):
         """
         if stage == TrainerFn.FITTING:
             self.choice = self._resumed_choice = None
+            self._losses.clear()
 
     def on_fit_start(self) -> None:
         """Hold images out, before Lightning asks for the training images.
@@ -310,7 +345,12 @@ class StfpmExt(AnomalibModule):
             self.choice.show(best=False)
 
     def on_train_epoch_end(self) -> None:
-        """Measure the student, unless the validation has, before checkpoints are saved and early stopping decides."""
+        """Measure the student, unless the validation has, before checkpoints are saved and early stopping decides.
+
+        Raises:
+            FloatingPointError: If a loss of the epoch or the measurement is not finite.
+        """
+        self._check_losses()
         if self.choice and self.held_out_share:
             self.log("held_out_map", self._measure(self.choice), prog_bar=True, sync_dist=True)
 
@@ -357,22 +397,32 @@ class StfpmExt(AnomalibModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: the student in training, images and features have no place in it.
-        return {**super().__getstate__(), "choice": None, "cache": None}
+        return {**super().__getstate__(), "choice": None, "cache": None, "_losses": deque()}
+
+    def _check_losses(self, unread: int = 0) -> None:
+        while len(self._losses) > unread:
+            loss = self._losses.popleft()
+            value = loss.read()
+            if not math.isfinite(value):
+                self._stop(f"a loss of {value}", loss.where)
 
     def _measure(self, choice: StudentChoice) -> float:
+        self._check_losses()
         value = choice.measure(self.trainer, self)
         if not math.isfinite(value):
-            self._stop(f"a mean anomaly map of the held-out images of {value}")
+            self._stop(f"a mean anomaly map of the held-out images of {value}", self._where())
         return value
 
-    def _stop(self, got: str) -> NoReturn:
+    def _where(self) -> str:
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return f"at step {self.trainer.global_step}, epoch {self.trainer.current_epoch}, learning rate {lr}"
+
+    def _stop(self, got: str, where: str) -> NoReturn:
         kept = "held_out_share is 0, so none is kept but in checkpoints"
         if self.choice and self.held_out_share:
             self.choice.finish()
             best = self.choice.best
             kept = f"that of epoch {best.epoch}" if best else "the one that the training began with"
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        where = f"at step {self.trainer.global_step}, epoch {self.trainer.current_epoch}, learning rate {lr}"
         fail(
             FloatingPointError,
             "lr",

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext import StfpmExt, lightning_model
 from anomalib_stfpm_ext.held_out import CHECKPOINT_KEY, STUDENT_PREFIX, split
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -381,6 +381,42 @@ def test_nan_stops_the_training_and_keeps_the_last_good_student(make_model, fit,
         fit(make_model(held_out_share=0), Seen(broken_epoch=0))
 
 
+@pytest.mark.parametrize(("share", "broken"), [(0.2, 3), (0.2, 4), (0, 4)])
+def test_loss_that_is_read_a_step_later(make_model, fit, monkeypatch, share, broken):
+    """As on a GPU, where nobody waits for the step at work; two steps in each epoch."""
+    monkeypatch.setattr(lightning_model, "unread_losses", lambda _device: 1)
+
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, _pl_module, batch, _batch_idx):
+            self.step = trainer.global_step + 1
+            if self.step == broken:
+                batch.image = batch.image * torch.nan
+
+    model, breaks = make_model(held_out_share=share), Break()
+    with pytest.raises(FloatingPointError, match=f"got a loss of nan at step {broken}, epoch 1, learning rate 0.05"):
+        fit(model, breaks)
+    assert breaks.step == 4  # a step later, but not later than the end of the epoch
+    if share:
+        assert model.choice.best.epoch == 0
+        assert all(tensor.isfinite().all() for tensor in model.model.student_model.state_dict().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_do_not_wait_for_the_gpu(make_model, images, tmp_path):
+    class Strict(Callback):
+        def on_train_batch_start(self, _trainer, _pl_module, _batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if batch_idx == 1 else "default")  # the first step prepares things
+
+        def on_train_epoch_end(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    settings = QUIET | {"accelerator": "cuda", "devices": 1, "default_root_dir": tmp_path}
+    model = make_model(ema_decay=0.5, lr_schedule="cosine")
+    Trainer(max_epochs=2, callbacks=[Strict()], **settings).fit(model, datamodule=folder(images))
+    assert len(model.choice.history) == 2
+
+
 def test_early_stopping_and_checkpoints_can_follow_the_held_out_map(make_model, fit, tmp_path):
     model, steer = make_model(), Steer(0.3, 0.1, 0.5, 0.6, 0.7)
     best = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="held_out_map")
@@ -572,11 +608,22 @@ def fit(name, ckpt_path=None, **settings):
     Path(output, f"{name}_{engine.trainer.global_rank}.json").write_text(json.dumps(result))
 
 
+def spoil(batch):
+    batch.image = batch.image * float("nan")
+    return batch
+
+
 fit("paper", held_out_share=0.3)
 options = {"lr_schedule": "cosine", "ema_decay": 0.6}
 for share in (0.3, 0):
     fit(f"options_{share}", held_out_share=share, **options)
     fit(f"resumed_{share}", Path(output, f"options_{share}", "epoch=0.ckpt"), held_out_share=share, **options)
+if os.environ.get("LOCAL_RANK", "0") == "1":
+    Folder.on_after_batch_transfer = lambda self, batch, dataloader_idx: spoil(batch)
+try:
+    fit("broken")
+except FloatingPointError as error:
+    Path(output, f"broken_{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(str(error)))
 """
 
 
@@ -584,7 +631,7 @@ def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
     command = [sys.executable, script, images, resnet18_weights, tmp_path]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
 
     def results(name: str) -> list[dict]:
@@ -613,3 +660,6 @@ def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
         assert same(resumed["state_dict"], unbroken["state_dict"])
         for tensors in ("student", "average"):
             assert same(resumed[CHECKPOINT_KEY][tensors], unbroken[CHECKPOINT_KEY][tensors])
+
+    for message in results("broken"):  # of NaN in the second process alone
+        assert "got a loss of nan at step 1, epoch 0" in message
