@@ -13,7 +13,7 @@ from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from .scorer import fail
 
@@ -197,7 +197,7 @@ class StudentChoice:
             held_out = split(len(good), self.share, self.seed)
             dataset, held_out = loader.dataset, good[held_out]
             training = np.setdiff1d(np.arange(len(dataset)), held_out)
-            source.instance = _same_loader(
+            source.instance = same_loader(
                 loader,
                 Subset(dataset, training.tolist()),
                 shuffle=isinstance(loader.sampler, RandomSampler),
@@ -210,7 +210,7 @@ class StudentChoice:
                 dataset.augmentations = datamodule.test_data.augmentations
         self._num_images = len(held_out)
         share_of_process = held_out[trainer.global_rank :: trainer.world_size].tolist()
-        self._loader = _same_loader(loader, Subset(dataset, share_of_process))
+        self._loader = same_loader(loader, Subset(dataset, share_of_process))
 
 
 def check_share(share: float) -> None:
@@ -278,7 +278,7 @@ def _check_loader(loader: Any) -> Any:
     return loader
 
 
-def _same_loader(loader: DataLoader[Any], dataset: Subset[Any], **settings: Any) -> DataLoader[Any]:
+def same_loader(loader: DataLoader[Any], dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
     """Return a loader of other images with these settings, and those of the given loader for the rest."""
     same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "in_order"]
     same += ["multiprocessing_context", "prefetch_factor", "persistent_workers"]
