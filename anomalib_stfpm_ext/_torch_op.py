@@ -30,15 +30,19 @@ Tensors = Sequence[torch.Tensor]
 
 
 def anomaly_map(
-    teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options, out: Tensors | None
+    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options, out: Tensors | None
 ) -> tuple[torch.Tensor, ...]:
     """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
+    if torch.compiler.is_compiling():  # of symbols the operators check the values, when they run
+        height, width = image_size
+    else:
+        height, width = scorer.check_image_size(image_size)
     differentiable = _is_differentiable(teacher, student)
     weights, combine = options.weights, options.combine
     if out is not None:
         if differentiable:
             fail(ValueError, "out", "None where gradients are required", "memory that has none")
-        shapes = scorer.output_shapes(teacher, image_size, options.level_maps)
+        shapes = scorer.output_shapes(teacher, (height, width), options.level_maps)
         scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
         amap, score, *level_maps = out
         torch.ops.anomalib_stfpm_ext.anomaly_map_out.default(
@@ -53,10 +57,10 @@ def anomaly_map(
         return tuple(out)
     if differentiable or _is_exported_without_operators():
         scorer.check_features(teacher, student, torch.Tensor)
-        return formula(teacher, student, image_size, options)
+        return formula(teacher, student, (height, width), options)
     return tuple(
         torch.ops.anomalib_stfpm_ext.anomaly_map.default(
-            teacher, student, *image_size, weights=weights, combine=combine, level_maps=options.level_maps
+            teacher, student, height, width, weights=weights, combine=combine, level_maps=options.level_maps
         )
     )
 
@@ -117,7 +121,7 @@ def _allocate(
     """Check the arguments, and return memory for the results and the options."""
     scorer.check_features(teacher, student, torch.Tensor)
     checked = _options(teacher, **options)
-    shapes = scorer.output_shapes(teacher, scorer.check_image_size((height, width)), checked.level_maps)
+    shapes = scorer.output_shapes(teacher, (height, width), checked.level_maps)
     dtype, device = _output_dtype(teacher), teacher[0].device
     return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes], checked
 
@@ -127,7 +131,7 @@ def _fake(teacher: Tensors, student: Tensors, height: int, width: int, **options
 
 
 def _fused(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    outputs, checked = _allocate(teacher, student, height, width, **options)
+    outputs, checked = _allocate(teacher, student, *scorer.check_image_size((height, width)), **options)
     _run(teacher, student, outputs, checked)
     return outputs
 

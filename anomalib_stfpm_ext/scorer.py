@@ -123,7 +123,6 @@ def anomaly_map(
         ((1, 1, 8, 8), array([2.], dtype=float32))
     """
     names, teacher_levels, student_levels = pair_levels(teacher, student)
-    image_size = check_image_size(image_size)
     options = check_options(weights, combine, level_maps, names)
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
@@ -137,6 +136,7 @@ def anomaly_map(
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
     check_features(teacher_levels, student_levels, np.ndarray, names)
+    image_size = check_image_size(image_size)
     shapes = output_shapes(teacher_levels, image_size, level_maps)
     dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
     if out is None:
@@ -245,7 +245,7 @@ def check_features(
             fail(ValueError, f"student[{name!r}]", f"the teacher's shape {tuple(shape)}", tuple(s.shape))
         if shape[:1] != batch:
             fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {batch[0]}", tuple(shape))
-        if not 1 <= min(shape[1:]) <= max(shape[1:]) < 2**31:
+        if not all(1 <= size < 2**31 for size in shape[1:] if isinstance(size, int)):  # others are torch's symbols
             fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
 
 
