@@ -53,9 +53,9 @@ class StudentSync(LayerSync):
         """
         while self._replaced:
             parent, name, norm = self._replaced.pop()
-            norm.load_state_dict(getattr(parent, name).state_dict())
-            norm.train(parent.training)
-            setattr(parent, name, norm)
+            synchronised = getattr(parent, name)
+            norm.load_state_dict(synchronised.state_dict())
+            setattr(parent, name, norm.train(synchronised.training))
         return model
 
 

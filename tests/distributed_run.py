@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Trains, tests and predicts in as many processes as asked for, and notes what each of them saw."""
+"""Trains, validates, tests and predicts in as many processes as asked for, and notes what each of them saw."""
 
 import json
 import sys
@@ -26,11 +26,11 @@ class MeanScore(AnomalibMetric, MeanMetric):
 
 
 class Seen(Callback):
-    """Notes the joint batch's loss of every step, and the images of test and prediction with their scores."""
+    """Notes the joint batch's loss of every step, and the images of the other stages with their scores."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.images: dict[str, list[tuple[str, float]]] = {"test": [], "predict": []}
+        self.images: dict[str, list[tuple[str, float]]] = {"validate": [], "test": [], "predict": []}
 
     def on_train_batch_end(self, trainer, *_):
         self.losses.append(trainer.callback_metrics["train_loss_step"].item())
@@ -38,6 +38,10 @@ class Seen(Callback):
     def _note(self, stage, batch):
         names = [Path(path).parent.name + Path(path).name for path in batch.image_path]
         self.images[stage] += zip(names, batch.pred_score.flatten().tolist(), strict=True)
+
+    def on_validation_batch_end(self, trainer, _module, _outputs, batch, *_):
+        if trainer.state.fn == "validate":
+            self._note("validate", batch)
 
     def on_test_batch_end(self, _trainer, _module, _outputs, batch, *_):
         self._note("test", batch)
@@ -47,7 +51,7 @@ class Seen(Callback):
 
 
 def main(images: str, output: str, devices: int) -> None:
-    """Fit, test and predict; one JSON file for each process."""
+    """Fit, validate, test and predict; one JSON file for each process."""
     data = Folder(
         "noise",
         root=images,
@@ -79,6 +83,7 @@ def main(images: str, output: str, devices: int) -> None:
     engine.fit(model, training, data.test_dataloader())
     student = [tensor.double().sum().item() for tensor in model.model.student_model.state_dict().values()]
     choice = model.choice
+    engine.validate(model, datamodule=data, verbose=False)
     (figures,) = engine.test(model, datamodule=data, verbose=False)
     engine.predict(model, datamodule=data)
     result = {

@@ -50,7 +50,7 @@ def test_training_is_that_of_one_process_with_the_joint_batch(runs):
             np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["test", "predict"])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_each_image_once(runs, stage):
     one, first, second = runs
     assert len(one[stage]) == 7
@@ -84,8 +84,10 @@ def test_batch_norm_over_all_processes(backbone):
     norms = [module for module in student.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
     assert len(norms) == sum(isinstance(module, torch.nn.BatchNorm2d) for module in before[0])
     torch.testing.assert_close(student(images)[layers[0]], expected)  # of one process, where nothing is shared
+    student.eval().double().float()  # gives the layers other tensors, as a move to another device does
     learnt = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
     assert sync.revert(model) is model
     assert [*student.modules()] == before[0]
+    assert not any(module.training for module in student.modules())
     assert all(torch.equal(tensor, learnt[name]) for name, tensor in student.state_dict().items())
