@@ -31,9 +31,11 @@ Tensors = Sequence[torch.Tensor]
 
 
 def anomaly_map(
-    teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options, out: Tensors | None
+    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options, out: Tensors | None
 ) -> tuple[torch.Tensor, ...]:
     """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
+    if not torch.compiler.is_compiling():  # of symbols the operators check the values, when they run
+        image_size, options = scorer.check_sizes(image_size, options)
     differentiable = _is_differentiable(teacher, student)
     weights, combine, combine_size, level_maps = options
     if out is not None:
@@ -101,7 +103,7 @@ def _is_exported_without_operators() -> bool:
 
 
 def formula(
-    teacher: Tensors, student: Tensors, image_size: tuple[int, int], options: Options
+    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options
 ) -> tuple[torch.Tensor, ...]:
     """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
     level_maps, weighted = [], []
@@ -120,31 +122,28 @@ def formula(
     return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
 
 
-def _allocate(
-    teacher: Tensors, student: Tensors, height: int, width: int, **options: Any
-) -> tuple[list[torch.Tensor], Options]:
-    """Check the arguments, and return memory for the results and the options."""
-    scorer.check_features(teacher, student, torch.Tensor)
-    checked = _options(teacher, **options)
-    shapes = scorer.output_shapes(teacher, scorer.check_size((height, width)), checked)
+def _allocate(teacher: Tensors, image_size: Sequence[int], options: Options) -> list[torch.Tensor]:
     dtype, device = _output_dtype(teacher), teacher[0].device
-    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes], checked
+    shapes = scorer.output_shapes(teacher, image_size, options)
+    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
 def _fake(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    return _allocate(teacher, student, height, width, **options)[0]
+    scorer.check_features(teacher, student, torch.Tensor)
+    return _allocate(teacher, (height, width), _options(teacher, **options))
 
 
 def _fused(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    outputs, checked = _allocate(teacher, student, height, width, **options)
+    scorer.check_features(teacher, student, torch.Tensor)
+    image_size, checked = scorer.check_sizes((height, width), _options(teacher, **options))
+    outputs = _allocate(teacher, image_size, checked)
     _run(teacher, student, outputs, checked)
     return outputs
 
 
 def _default(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
     scorer.check_features(teacher, student, torch.Tensor)
-    image_size = scorer.check_size((height, width))
-    return list(formula(teacher, student, image_size, _options(teacher, **options)))
+    return list(formula(teacher, student, *scorer.check_sizes((height, width), _options(teacher, **options))))
 
 
 def _check_out(
@@ -158,10 +157,11 @@ def _check_out(
 ) -> tuple[list[torch.Tensor], Options]:
     """Check the arguments, and return the memory for the results and the options."""
     scorer.check_features(teacher, student, torch.Tensor)
-    checked = _options(teacher, level_maps=level_maps is not None, **options)
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
-    shapes = scorer.output_shapes(teacher, scorer.check_size(amap.shape[2:]), checked)
+    checked = _options(teacher, level_maps=level_maps is not None, **options)
+    image_size, checked = scorer.check_sizes(amap.shape[2:], checked)
+    shapes = scorer.output_shapes(teacher, image_size, checked)
     out = [amap, score] if level_maps is None else [amap, score, level_maps]
     scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
     return out, checked

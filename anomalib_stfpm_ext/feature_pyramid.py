@@ -26,6 +26,9 @@ class FeaturePyramid(nn.Module):
         backbone (str): timm's name of the network, with or without a tag for its weights.
         layers (Sequence[str]): The levels, by the names that timm gives them (``feature_info``).
 
+    Attributes:
+        finest (str): The level with the largest features.
+
     Note:
         Inference runs a copy whose batch norms are folded into the convolutions: the same features up to rounding. It
         is made anew when weights have changed. Changes through ``tensor.data`` that leave the evaluation mode on are
@@ -48,6 +51,8 @@ class FeaturePyramid(nn.Module):
         self.backbone = backbone
         self.layers = list(layers)
         self.feature_extractor = _create_extractor(backbone, _layer_indices(backbone, layers))
+        info = self.feature_extractor.feature_info
+        self.finest = min(zip(info.reduction(), info.module_name(), strict=True))[1]
         # For inference: a copy (in a tuple, so that it is no part of the model), and the state of what it was made of.
         self._folded: tuple[Any, ...] = ()
         self._folded_state: list[tuple[int, int]] | None = None

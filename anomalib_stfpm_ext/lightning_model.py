@@ -20,12 +20,14 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from .distributed import StudentSync, share_images
 from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed, check_share
 from .loss import StfpmExtLoss
 from .scorer import fail
@@ -197,7 +199,7 @@ class StfpmExt(AnomalibModule):
         del args, kwargs
         teacher, student = self.model(batch.image, self.teacher_features(batch))
         loss = self.loss(teacher, student)
-        self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image), sync_dist=True)
         return {"loss": loss}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -270,14 +272,19 @@ class StfpmExt(AnomalibModule):
             trainer.fit_loop.max_epochs = MAX_EPOCHS
 
     def setup(self, stage: str) -> None:
-        """Forget the choice of a fit before.
+        """Forget the choice of a fit before, and prepare for several processes.
 
         Args:
             stage (str): What the trainer is about to do.
         """
+        strategy: Any = self.trainer.strategy
         if stage == TrainerFn.FITTING:
             self.choice = self._resumed_choice = None
             self._losses.clear()
+            if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
+                strategy._layer_sync = StudentSync()
+        elif stage in (TrainerFn.VALIDATING, TrainerFn.TESTING) and self.trainer.world_size > 1:
+            share_images(self.trainer)
 
     def on_fit_start(self) -> None:
         """Hold images out, before Lightning asks for the training images.

@@ -130,7 +130,6 @@ def anomaly_map(
         ((1, 1, 8, 8), array([2.], dtype=float32))
     """
     names, teacher_levels, student_levels = pair_levels(teacher, student)
-    image_size = check_size(image_size)
     options = check_options(weights, combine, combine_size, level_maps, names)
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
@@ -144,6 +143,7 @@ def anomaly_map(
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
     check_features(teacher_levels, student_levels, np.ndarray, names)
+    image_size, options = check_sizes(image_size, options)
     shapes = output_shapes(teacher_levels, image_size, options)
     dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
     if out is None:
@@ -194,7 +194,7 @@ def core_levels(teacher: Sequence[Any], student: Sequence[Any], address: Any, st
     ]
 
 
-def output_shapes(teacher: Sequence[Any], image_size: tuple[int, int], options: Options) -> list[tuple[int, ...]]:
+def output_shapes(teacher: Sequence[Any], image_size: Sequence[int], options: Options) -> list[tuple[int, ...]]:
     """Return the shapes of map, scores and, if wanted, level maps."""
     batch = teacher[0].shape[0]
     shapes: list[tuple[int, ...]] = [(batch, 1, *image_size), (batch,)]
@@ -252,12 +252,18 @@ def check_features(
             fail(ValueError, f"student[{name!r}]", f"the teacher's shape {tuple(shape)}", tuple(s.shape))
         if shape[:1] != batch:
             fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {batch[0]}", tuple(shape))
-        if not 1 <= min(shape[1:]) <= max(shape[1:]) < 2**31:
+        if not all(1 <= size < 2**31 for size in shape[1:] if isinstance(size, int)):  # others are torch's symbols
             fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
 
 
-def check_size(size: Any, argument: str = "image_size") -> tuple[int, int]:
-    """Return height and width as integers, or raise an error that names the argument."""
+def check_sizes(image_size: Any, options: Options) -> tuple[tuple[int, int], Options]:
+    """Return the image's size and the options with sizes of integers, or raise an error that names the argument."""
+    if options.combine_size is not None:
+        options = options._replace(combine_size=_check_size("combine_size", options.combine_size))
+    return _check_size("image_size", image_size), options
+
+
+def _check_size(argument: str, size: Any) -> tuple[int, int]:
     try:
         height, width = map(operator.index, size)
     except (TypeError, ValueError):
@@ -270,11 +276,12 @@ def check_size(size: Any, argument: str = "image_size") -> tuple[int, int]:
 
 
 def check_options(weights: Any, combine: Any, combine_size: Any, level_maps: Any, names: Sequence[Any]) -> Options:
-    """Return the options with a weight for each level, or raise an error that names the argument."""
+    """Return the options with a weight for each level, or raise an error that names the argument.
+
+    The size is for :func:`check_sizes`.
+    """
     if combine not in COMBINATIONS:
         fail(ValueError, "combine", " or ".join(map(repr, COMBINATIONS)), repr(combine))
-    if combine_size is not None:
-        combine_size = check_size(combine_size, "combine_size")
     return Options(_check_weights(weights, names), combine, combine_size, bool(level_maps))
 
 

@@ -2,7 +2,6 @@
 
 """STFPM as a torch module: images in, anomaly map and score out."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,7 +99,8 @@ class StfpmExtModel(nn.Module):
         """
         if self.combine_at == "image":
             return None
-        return max(((level.shape[-2], level.shape[-1]) for level in features.values()), key=math.prod)
+        finest = features[self.teacher_model.finest]
+        return (finest.shape[-2], finest.shape[-1])
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the teacher's side, which never changes for an image.

@@ -22,6 +22,9 @@ PYRAMIDS = {
     "tf_efficientnet_lite0": ((24, 4), (40, 8), (112, 16)),
 }
 
+# Images of each kind in a category of the tiny MVTec AD.
+ROLES = {"train/good": 6, "test/good": 3, "test/broken": 2, "test/scratched": 2}
+
 
 def pytest_report_header() -> str:
     return (
@@ -91,4 +94,33 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if folder == "bad":
                 pixels[10:30, 20:40] = (255, 0, 0)
             Image.fromarray(pixels).save(root / folder / f"{index}.png")
+    return root
+
+
+def make_picture(path: Path, defective: bool, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rng.normal(128, 20, (48, 64, 3)).clip(0, 255).astype(np.uint8)
+    if defective:
+        pixels[10:30, 20:40] = (255, 0, 0)
+    Image.fromarray(pixels).save(path)
+
+
+def make_mask(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((48, 64), np.uint8)
+    pixels[10:30, 20:40] = 255
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def mvtec_ad(tmp_path_factory):
+    """Make two categories, of which pill has no masks."""
+    root, rng = tmp_path_factory.mktemp("MVTecAD"), np.random.default_rng(0)
+    for category in ("bottle", "pill"):
+        for role, count in ROLES.items():
+            for index in range(count):
+                make_picture(root / category / role / f"{index:03}.png", "good" not in role, rng)
+                if category == "bottle" and "good" not in role:
+                    make_mask(root / category / "ground_truth" / Path(role).name / f"{index:03}_mask.png")
+    (root / "license.txt").touch()
     return root

@@ -14,6 +14,7 @@ import timm
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
+from conftest import make_mask, make_picture
 from PIL import Image
 from skimage.measure import label
 from sklearn.metrics import auc, roc_auc_score
@@ -23,37 +24,6 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resiz
 from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.pictures import pick
 from anomalib_stfpm_ext.reproduce import PUBLISHED, main, make_table, measure, rescaled_pro, to_markdown
-
-ROLES = {"train/good": 6, "test/good": 3, "test/broken": 2, "test/scratched": 2}
-
-
-def make_picture(path: Path, defective: bool, rng: np.random.Generator) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = rng.normal(128, 20, (48, 64, 3)).clip(0, 255).astype(np.uint8)
-    if defective:
-        pixels[10:30, 20:40] = (255, 0, 0)
-    Image.fromarray(pixels).save(path)
-
-
-def make_mask(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros((48, 64), np.uint8)
-    pixels[10:30, 20:40] = 255
-    Image.fromarray(pixels).save(path)
-
-
-@pytest.fixture(scope="session")
-def mvtec_ad(tmp_path_factory):
-    """Make two categories, of which pill has no masks."""
-    root, rng = tmp_path_factory.mktemp("MVTecAD"), np.random.default_rng(0)
-    for category in ("bottle", "pill"):
-        for role, count in ROLES.items():
-            for index in range(count):
-                make_picture(root / category / role / f"{index:03}.png", "good" not in role, rng)
-                if category == "bottle" and "good" not in role:
-                    make_mask(root / category / "ground_truth" / Path(role).name / f"{index:03}_mask.png")
-    (root / "license.txt").touch()
-    return root
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What several processes need beyond Lightning's DDP: batch norm over all of them, and each image tested once."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.plugins import LayerSync
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, SequentialSampler
+
+from .held_out import same_loader
+
+
+class StudentSync(LayerSync):
+    """Batch statistics of the student over the batches of all processes (``Trainer(sync_batchnorm=True)``).
+
+    Lightning's own plugin loses the activations that timm keeps in the batch norms of EfficientNet and its like, and
+    leaves layers of another class behind. The teacher, which is never in training mode, needs none.
+    """
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Replace the student's batch norms.
+
+        Args:
+            model (nn.Module): The ``StfpmExt``.
+
+        Returns:
+            nn.Module: The same.
+        """
+        student: Any = model.model.student_model  # type: ignore[union-attr]
+        for parent in list(student.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, _BatchNorm):
+                    self._replaced.append((parent, name, child))
+                    setattr(parent, name, convert_sync_batchnorm(child))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Put the student's own batch norms back, with what was learnt.
+
+        Args:
+            model (nn.Module): The ``StfpmExt``.
+
+        Returns:
+            nn.Module: The same.
+        """
+        while self._replaced:
+            parent, name, norm = self._replaced.pop()
+            synchronised = getattr(parent, name)
+            norm.load_state_dict(synchronised.state_dict())
+            setattr(parent, name, norm.train(synchronised.training))
+        return model
+
+
+def share_images(trainer: Trainer) -> None:
+    """Give each image of a test or a validation to one process, as Lightning does for predictions.
+
+    Lightning itself repeats images until all processes have as many, and so falsifies the figures. (Within a fit it
+    must: there DDP communicates in every validation step.)
+
+    Loaders with samplers of the user's own are left to Lightning, and so are those with fewer images than processes.
+
+    Args:
+        trainer (Trainer): Trainer that is about to validate or test.
+    """
+    loop = trainer.test_loop if trainer.testing else trainer.validate_loop
+    source = loop._data_source  # Lightning has no public way to choose the sampler of a stage, nor to ask for the flag
+    loader = source.dataloader()
+    if (
+        type(loader) is DataLoader
+        and type(loader.sampler) is SequentialSampler
+        and loader.batch_size is not None
+        and len(loader.sampler) >= trainer.world_size
+        and trainer._accelerator_connector.use_distributed_sampler
+    ):
+        ranks: dict[str, int] = trainer.distributed_sampler_kwargs  # type: ignore[assignment]
+        sampler = UnrepeatedDistributedSampler(loader.dataset, shuffle=False, **ranks)
+        source.instance = same_loader(loader, loader.dataset, sampler=sampler, drop_last=loader.drop_last)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every export and inferencer of anomalib gives the maps of the eager model."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+
+from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
+
+BACKBONE, LAYERS = "test_efficientnet", ["blocks.1", "blocks.2"]
+SIZE = (64, 96)
+# The post-processor has shifted and scaled the maps to 0 to 1: where they are near 0, only absolute errors count.
+SAME = {"rtol": 1e-4, "atol": 1e-5}
+# Weights of 16 or 8 bits, activations of 8 bits: the map's error must stay below its own spread.
+LOSSY = {"FP16": 0.05, "INT8": 0.3, "INT8_PTQ": 1, "INT8_ACQ": 1}
+
+
+@pytest.fixture(scope="module")
+def data(images) -> Folder:
+    return Folder(
+        "noise",
+        root=images,
+        normal_dir="good",
+        normal_test_dir="good_test",
+        abnormal_dir="bad",
+        train_batch_size=4,
+        eval_batch_size=4,
+        num_workers=0,
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory) -> StfpmExt:
+    output = tmp_path_factory.mktemp("trained")
+    engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=output, logger=False, enable_progress_bar=False)
+    model = StfpmExt(
+        BACKBONE,
+        LAYERS,
+        teacher_weights=False,
+        lr=0.1,
+        seed=0,
+        pre_processor=StfpmExt.configure_pre_processor(SIZE),
+        visualizer=False,
+    )
+    engine.fit(model, datamodule=data)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch(data) -> torch.Tensor:
+    data.setup()
+    return torch.stack([data.test_data[index].image for index in range(3)])
+
+
+@pytest.fixture(scope="module")
+def expected(model, batch) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        predictions = model(batch)
+    assert predictions.anomaly_map.std() > 0.05  # else nothing were compared
+    return {"anomaly_map": predictions.anomaly_map.numpy(), "pred_score": predictions.pred_score.numpy()}
+
+
+@pytest.fixture(scope="module")
+def onnx(model, tmp_path_factory) -> Path:
+    return model.to_onnx(tmp_path_factory.mktemp("onnx"), opset_version=18)
+
+
+def run(path: Path, batch: torch.Tensor) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(path)
+    outputs = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    return dict(zip([output.name for output in session.get_outputs()], outputs, strict=True))
+
+
+def test_onnx(onnx, batch, expected):
+    for images in (batch, batch[:1]):  # of any number
+        result = run(onnx, images)
+        for name, value in expected.items():
+            np.testing.assert_allclose(result[name], value[: len(images)], **SAME)
+
+
+def test_torchs_older_onnx_exporter(model, batch, tmp_path):
+    """Torch still has it, anomalib 2.7 no longer."""
+    settings = {"input_names": ["input"], "output_names": ["pred_score", "anomaly_map"]}
+    settings |= {"dynamic_axes": {name: {0: "batch"} for names in settings.values() for name in names}}
+    network = torch.nn.Sequential(model.pre_processor.export_transform, model.model).eval()
+    torch.onnx.export(network, (batch[:2],), tmp_path / "model.onnx", dynamo=False, **settings)
+    with torch.no_grad():
+        raw = network(batch)
+    result = run(tmp_path / "model.onnx", batch)
+    np.testing.assert_allclose(result["anomaly_map"], raw.anomaly_map, rtol=1e-4)
+    np.testing.assert_allclose(result["pred_score"], raw.pred_score, rtol=1e-4)
+
+
+@pytest.fixture
+def to_openvino(model, data, onnx, tmp_path, monkeypatch):
+    """Export and load again, by way of the ONNX file that is there already."""
+    monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache where it is
+    monkeypatch.setattr(model, "to_onnx", lambda *_args, **_settings: onnx)
+
+    def export(compression: CompressionType | None = None) -> OpenVINOInferencer:
+        path = model.to_openvino(tmp_path, compression_type=compression, datamodule=data)
+        return OpenVINOInferencer(path, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+
+    return export
+
+
+def test_openvino(to_openvino, onnx, batch, expected):
+    for inferencer in (to_openvino(), OpenVINOInferencer(onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})):
+        for images in (batch, batch[:1]):
+            result = inferencer.predict(images)
+            for name, value in expected.items():
+                of_batch = value[: len(images)]
+                np.testing.assert_allclose(getattr(result, name).reshape(of_batch.shape), of_batch, **SAME)
+
+
+@pytest.mark.parametrize("compression", LOSSY)
+def test_openvino_compression(to_openvino, batch, expected, compression):
+    result = to_openvino(CompressionType[compression]).predict(batch).anomaly_map
+    error = np.abs(result - expected["anomaly_map"]).mean()
+    assert 0 < error < LOSSY[compression] * expected["anomaly_map"].std(), error / expected["anomaly_map"].std()
+
+
+def test_torch_inferencer(model, batch, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencer = TorchInferencer(model.to_torch(tmp_path), device="cpu")
+    for index, image in enumerate(batch):
+        with torch.no_grad():
+            prediction = inferencer.predict(image)
+        np.testing.assert_allclose(prediction.anomaly_map.squeeze(), expected["anomaly_map"][index, 0], **SAME)
+        np.testing.assert_allclose(prediction.pred_score.item(), expected["pred_score"][index, 0], rtol=1e-4)
+
+
+@pytest.fixture(scope="module", params=["image", "finest"])
+def network(model, request) -> StfpmExtModel:
+    network = StfpmExtModel(BACKBONE, LAYERS, False, combine_at=request.param)
+    network.load_state_dict(model.model.state_dict())
+    return network.eval()
+
+
+def open_size() -> tuple[dict[int, torch.export.Dim]]:
+    """Say that batch, height and width are not known yet."""
+    return ({axis: torch.export.Dim(name, min=size) for axis, name, size in ((0, "b", 1), (2, "h", 32), (3, "w", 32))},)
+
+
+def test_compiled_model(network):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(network, fullgraph=True, backend=backend)
+    for size in ((64, 96), (96, 128)):  # the second time, height and width become symbols
+        images = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images).anomaly_map, network(images).anomaly_map, rtol=1e-4, atol=0)
+    assert len(graphs) == 2
+    assert all("anomalib_stfpm_ext.anomaly_map" in code for code in graphs)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_model_holds_the_fused_operator_and_takes_images_of_any_size(network, strict):
+    # As most people call it, with gradients enabled.
+    exported = torch.export.export(network, (torch.rand(2, 3, 64, 96),), dynamic_shapes=open_size(), strict=strict)
+    assert "anomalib_stfpm_ext.anomaly_map" in str(exported.graph)
+    for size in ((5, 3, 32, 48), (1, 3, 300, 64)):  # features larger than the 64 channels of layer1, too
+        images = torch.rand(size)
+        with torch.no_grad():
+            result = exported.module()(images).anomaly_map
+            torch.testing.assert_close(result, network(images).anomaly_map, rtol=1e-4, atol=0)
+
+
+def test_onnx_of_a_model_that_leaves_the_size_to_the_user(network, tmp_path):
+    model = StfpmExt(BACKBONE, LAYERS, False, network.combine_at, pre_processor=False, post_processor=False)
+    model.model.load_state_dict(network.state_dict())
+    path = model.eval().to_onnx(tmp_path, opset_version=18, dynamic_shapes=open_size())
+    images = torch.rand(3, 3, 96, 80)
+    with torch.no_grad():
+        expected = model(images).anomaly_map
+    np.testing.assert_allclose(run(path, images)["anomaly_map"], expected, rtol=1e-4)
