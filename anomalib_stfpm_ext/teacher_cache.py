@@ -36,8 +36,9 @@ class TeacherCache(Callback):
     """Keeps the teacher's features of all images of a fit, until the fit ends.
 
     An image is known by its number in the data set, which travels with it through samplers, workers and processes. A
-    checksum goes with it: an image that changes is an error, and never a wrong loss. Of several processes, each keeps
-    the features of those images that it has come across. Nothing of it is in a checkpoint.
+    checksum goes with it: an image that the data set changes is an error, and never a wrong loss. (What a callback does
+    to a batch later is not noticed.) Of several processes, each keeps the features of those images that it has come
+    across. Nothing of it is in a checkpoint.
 
     Args:
         location (str | None): ``"memory"``, or ``"disk"`` for files in the folder for temporary files (``TMPDIR``). The

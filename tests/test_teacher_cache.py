@@ -128,11 +128,18 @@ def test_half_precision_comes_near(fit):
 def test_same_bits_however_one_trains(fit, images, arguments):
     def run(**cache):
         data = folder(images, **arguments.get("data", {}))
-        return fit(*arguments.get("callbacks", []), data=data, trainer=arguments.get("trainer"), **cache)
+        settings = cache | arguments.get("arguments", {})
+        return fit(*arguments.get("callbacks", []), data=data, trainer=arguments.get("trainer"), **settings)
 
     plain, cached = run(), run(teacher_cache="memory")
     assert same_run(cached, plain)
     assert cached[1].count < plain[1].count
+
+
+def test_learning_rate_finder_goes_before(fit):
+    _, record = fit(LearningRateFinder(num_training_steps=3), teacher_cache="memory", held_out_share=0)
+    assert record.images[0] > 0  # those of the finder
+    assert record.images[1:] == [record.count] * 2 == [record.images[0] + 8] * 2
 
 
 class Pairs(Dataset):
