@@ -141,6 +141,14 @@ class Follow(Callback):
         self.after_epoch.append(dict(self.average))
 
 
+class Shake(Callback):
+    """Makes the student of epoch 1 worse than that of epoch 0, so that the best is not the one in training."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.current_epoch == 1:
+            pl_module.model.student_model.feature_extractor.conv1.weight.data *= -1
+
+
 def test_the_split_is_the_authors_and_leaves_the_random_state_alone():
     before, torch_before = np.random.get_state()[1].tolist(), torch.get_rng_state()
     for number, share, seed in ((2, 0.2, 0), (8, 0.2, 0), (209, 0.2, 0), (30, 0.1, 7)):
@@ -225,13 +233,6 @@ def held_out_map(model: StfpmExt, images: Path, indices) -> float:
 
 
 def test_resumed_run_ends_as_the_unbroken_one(make_model, fit, tmp_path):
-    class Shake(Callback):
-        """Makes the student of epoch 1 worse than that of epoch 0, so that the best is not the one in training."""
-
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if trainer.current_epoch == 1:
-                pl_module.model.student_model.feature_extractor.conv1.weight.data *= -1
-
     each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
     unbroken = content(fit(make_model(), Shake(), each, epochs=4))
     broken = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
@@ -485,13 +486,15 @@ def test_resumed_run_with_average_and_schedule_ends_as_the_unbroken_one(make_mod
     settings = {"lr_schedule": "cosine", "ema_decay": 0.6, "held_out_share": share}
     each_epoch = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
     each_step = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    unbroken = fit(make_model(**settings), each_epoch, each_step, epochs=2)
+    unbroken = fit(make_model(**settings), Shake(), each_epoch, each_step, epochs=3)
     unbroken.trainer.save_checkpoint(tmp_path / "unbroken.ckpt")
     first = torch.load(tmp_path / "step=1.ckpt", weights_only=True)  # before anything was measured
     assert same(student_of(first["state_dict"]), first[CHECKPOINT_KEY]["average"])
 
-    broken = tmp_path / "epoch=0.ckpt"
-    resumed = fit(make_model(**settings, seed=3), epochs=2, ckpt_path=broken)
+    broken = tmp_path / "epoch=1.ckpt"
+    state = torch.load(broken, weights_only=True)
+    assert same(student_of(state["state_dict"]), state[CHECKPOINT_KEY]["average"]) == (share == 0)
+    resumed = fit(make_model(**settings, seed=3), epochs=3, ckpt_path=broken)
     resumed.trainer.save_checkpoint(tmp_path / "resumed.ckpt")
     results = [torch.load(tmp_path / name, weights_only=True) for name in ("unbroken.ckpt", "resumed.ckpt")]
     assert same(results[0]["state_dict"], results[1]["state_dict"])
@@ -509,9 +512,9 @@ def test_resumed_run_with_average_and_schedule_ends_as_the_unbroken_one(make_mod
         ({"held_out_share": 0.4}, f"held_out_share: wanted {share} as in the checkpoint, got 0.4"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(make_model(**(settings | other)), epochs=2, ckpt_path=broken)
-    with pytest.raises(ValueError, match="lr_schedule: wanted a training of 4 steps as in the checkpoint, got 6"):
-        fit(make_model(**settings), epochs=3, ckpt_path=broken)
+            fit(make_model(**(settings | other)), epochs=3, ckpt_path=broken)
+    with pytest.raises(ValueError, match="lr_schedule: wanted a training of 6 steps as in the checkpoint, got 8"):
+        fit(make_model(**settings), epochs=4, ckpt_path=broken)
 
 
 def test_cosine_ends_at_zero(make_model, fit, images, tmp_path):
