@@ -13,8 +13,6 @@ from anomalib_stfpm_ext import StfpmExt, pictures
 from anomalib_stfpm_ext.bridges import save_checkpoint
 from anomalib_stfpm_ext.pictures import LevelMaps, draw_histogram, draw_levels, main, measure_levels, raw_threshold
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def model():
