@@ -386,7 +386,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_function_arguments(watch, as_positional=True, skip={"once"})
     parser.add_argument("--once", action="store_true", help="End when all that is in the folder is scored.")
     given = parser.parse_args(arguments).as_dict()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         watch(**given)
     except KeyboardInterrupt:  # how it is meant to end; whatever was not finished is done again after a restart
@@ -396,4 +395,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main()
