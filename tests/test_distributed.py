@@ -80,11 +80,12 @@ def test_batch_norm_over_all_processes(backbone):
 
     expected = student.train()(images)[layers[0]].detach()
     assert sync.apply(model) is model
+    student.double().float()  # gives the layers other buffers, as a move to another device does
     assert [*teacher.modules()] == before[1]
     norms = [module for module in student.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
     assert len(norms) == sum(isinstance(module, torch.nn.BatchNorm2d) for module in before[0])
     torch.testing.assert_close(student(images)[layers[0]], expected)  # of one process, where nothing is shared
-    student.eval().double().float()  # gives the layers other tensors, as a move to another device does
+    student.eval()
     learnt = {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
     assert sync.revert(model) is model
