@@ -247,7 +247,7 @@ def draw(cases: list[dict[str, Any]], file: Path) -> None:
         left.barh(labels, widths, left=start, label=part)
         start = [before + width for before, width in zip(start, widths, strict=True)]
     left.set(xlabel="milliseconds for each image")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     names = list(cases[0]["seconds"])
     height = 0.8 / len(cases)
     for index, case in enumerate(cases):
