@@ -54,11 +54,13 @@ def make_models(device: torch.device) -> dict[str, Stfpm | StfpmExt]:
         stfpm = Stfpm(**quiet)
     ours = StfpmExt(teacher_weights=False, **quiet)
     stfpm.model.load_state_dict(ours.model.state_dict())
+    with torch.inference_mode():
+        largest = ours.eval().model(torch.rand(1, 3, SIZE, SIZE)).pred_score.item()
     for model in (stfpm, ours):
-        for name, value in (("min", 0.0), ("max", 1e-3)):
+        for name, value in (("min", 0.0), ("max", 2 * largest)):
             getattr(model.post_processor, f"image_{name}").fill_(value)
             getattr(model.post_processor, f"pixel_{name}").fill_(value)
-        model.post_processor._image_threshold.fill_(5e-4)
+        model.post_processor._image_threshold.fill_(largest)
     return {"Stfpm": stfpm.eval().to(device), "StfpmExt": ours.eval().to(device)}
 
 
@@ -247,7 +249,7 @@ def draw(cases: list[dict[str, Any]], file: Path) -> None:
         left.barh(labels, widths, left=start, label=part)
         start = [before + width for before, width in zip(start, widths, strict=True)]
     left.set(xlabel="milliseconds for each image")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     names = list(cases[0]["seconds"])
     height = 0.8 / len(cases)
     for index, case in enumerate(cases):

@@ -15,7 +15,7 @@ from timm.models import FeatureListNet
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map
-from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher, _fold
+from anomalib_stfpm_ext.feature_pyramid import PACKS_WEIGHTS, FeaturePyramid, Student, Teacher, _fold, _PackedConv2d
 
 LAYERS = ("layer1", "layer2", "layer3")
 # Tiny networks of timm's, one for each way in which it wraps a backbone.
@@ -79,6 +79,48 @@ def test_inference_folds_batch_norm_and_notices_new_weights(backbone):
     left = [name for name, module in folded.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert left in ([], ["bn1"])  # after a stem of several convolutions
     assert len(pickle.dumps(student)) < 1.2 * len(pickle.dumps(Student(backbone, BACKBONES[backbone])))
+
+
+@pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 keeps weights in oneDNN's layout")
+@pytest.mark.parametrize("backbone", ["resnet18", "test_efficientnet"])
+def test_weights_in_onednns_layout_serve_images_of_any_shape(backbone):
+    layers = BACKBONES.get(backbone, ["layer1", "layer3"])
+    student = Student(backbone, layers).eval().to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        student(torch.randn(2, 3, 64, 64))
+    convolutions = [module for module in student._folded[0].modules() if isinstance(module, _PackedConv2d)]
+    assert len(convolutions) == sum(type(module) is torch.nn.Conv2d for module in student.modules())
+    packed = [module.weight for module in convolutions]
+    assert all(weight.is_mkldnn for weight in packed)
+    for shape in ((1, 3, 96, 70), (3, 3, 64, 64), (0, 3, 64, 64)):
+        images = torch.randn(shape)
+        expected = student(images)  # with gradients, and so as it is
+        with torch.no_grad():
+            for layer, features in student(images).items():
+                torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-4)
+    assert all(module.weight is weight for module, weight in zip(convolutions, packed, strict=True))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="should be the same"):
+        student(torch.randn(1, 3, 64, 64).bfloat16())
+
+
+def test_convolutions_that_pad_in_their_own_way_are_not_packed():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reflected = torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+            self.same = torch.nn.Conv2d(3, 3, 3, padding="same")
+            self.timms = timm.layers.Conv2dSame(3, 3, 3, stride=2)
+            self.exact = torch.nn.Conv2d(3, 3, 1).double()
+
+        def forward(self, images):
+            return [self.reflected(images), self.same(images), self.timms(images), self.exact(images.double())]
+
+    network, images = Network().eval(), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        folded = _fold(network, images)
+        assert folded is not network
+        for features, expected in zip(folded(images), network(images), strict=True):
+            torch.testing.assert_close(features, expected)
 
 
 def test_only_plain_inference_folds(model):
