@@ -124,3 +124,11 @@ def mvtec_ad(tmp_path_factory):
                     make_mask(root / category / "ground_truth" / Path(role).name / f"{index:03}_mask.png")
     (root / "license.txt").touch()
     return root
+
+
+def folder(images: Path, **arguments):
+    """Return the data module of ``images``."""
+    from anomalib.data import Folder  # here, since the tests of the scorer alone need none
+
+    settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
+    return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))

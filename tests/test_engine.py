@@ -10,24 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.engine import Engine
+from conftest import folder
 
 from anomalib_stfpm_ext import StfpmExt
-
-
-def folder(images: Path, **arguments) -> Folder:
-    return Folder(
-        name="noise",
-        root=images,
-        normal_dir="good",
-        normal_test_dir="good_test",
-        abnormal_dir="bad",
-        train_batch_size=4,
-        num_workers=0,
-        seed=0,
-        **arguments,
-    )
 
 
 def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Engine, StfpmExt, list[dict[str, float]]]:

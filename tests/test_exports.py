@@ -11,6 +11,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from conftest import folder
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 
@@ -24,17 +25,7 @@ LOSSY = {"FP16": 0.05, "INT8": 0.3, "INT8_PTQ": 1, "INT8_ACQ": 1}
 
 @pytest.fixture(scope="module")
 def data(images) -> Folder:
-    return Folder(
-        "noise",
-        root=images,
-        normal_dir="good",
-        normal_test_dir="good_test",
-        abnormal_dir="bad",
-        train_batch_size=4,
-        eval_batch_size=4,
-        num_workers=0,
-        seed=0,
-    )
+    return folder(images, eval_batch_size=4)
 
 
 @pytest.fixture(scope="module")

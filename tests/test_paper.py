@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from anomalib.data import Folder
 from anomalib.engine import Engine
+from conftest import folder
 from lightning.pytorch import Callback
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -76,15 +76,7 @@ class Record(Callback):
 
 @pytest.mark.parametrize("combine_at", ["image", "finest"])
 def test_training_is_the_papers(images, resnet18_weights, tmp_path, combine_at):
-    data = Folder(
-        "noise",
-        root=images,
-        normal_dir="good",
-        normal_test_dir="good_test",
-        abnormal_dir="bad",
-        train_batch_size=3,
-        num_workers=0,
-    )
+    data = folder(images, train_batch_size=3)
     pre_processor = StfpmExt.configure_pre_processor(SIZE)
     options = {"combine_at": combine_at, "pre_processor": pre_processor}
     model = StfpmExt("resnet18", teacher_weights=resnet18_weights, seed=0, **options).double()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.callbacks import TilerConfigurationCallback
-from anomalib.data import Folder, ImageBatch, ImageItem
+from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
+from conftest import folder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -23,11 +24,6 @@ from anomalib_stfpm_ext.teacher_cache import TeacherCache
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 LAYERS = ["layer1", "layer2"]
-
-
-def folder(images: Path, **arguments) -> Folder:
-    settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
-    return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))
 
 
 class Record(Callback):
