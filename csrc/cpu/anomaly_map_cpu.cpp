@@ -119,8 +119,10 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     offset.push_back(offset.back() + params.batch * params.levels[index].height * params.levels[index].width);
   const int64_t combined_size =
       combines_in_map(params) ? 0 : params.batch * params.combine_height * params.combine_width;
-  const std::unique_ptr<Real[]> distances(new Real[static_cast<size_t>(offset.back() + combined_size + kRowPadding)]);
-  Real* const combined = distances.get() + offset.back();
+  // Padding behind both: who reads a row's neighbours must not meet a thread that writes the combined map.
+  const std::unique_ptr<Real[]> distances(
+      new Real[static_cast<size_t>(offset.back() + kRowPadding + combined_size + kRowPadding)]);
+  Real* const combined = distances.get() + offset.back() + kRowPadding;
 
   const int64_t bytes = bytes_of_features(params.levels, params.num_levels, params.batch, params.dtype) +
                         params.batch * params.height * params.width * pixel_bytes(params.dtype);
