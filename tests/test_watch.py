@@ -3,6 +3,7 @@
 """The command that scores images as they arrive: whole, half-written and broken files, restarts, signals."""
 
 import csv
+import io
 import os
 import resource
 import shutil
@@ -269,11 +270,13 @@ def test_line(checkpoint, folder, tmp_path):
     assert told.endswith("stopped\n")
 
 
-def test_full_disk_is_an_error_that_names_the_file(checkpoint, folder, tmp_path):
+def test_full_disk_is_an_error_that_names_the_file(checkpoint, folder, tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     watch(checkpoint, folder / "bad", "--once")
     shutil.copyfile(folder / "bad" / "0.png", folder / "bad" / "new.png")
     size = (folder / "scores.csv").stat().st_size
+    for stream in ("stdout", "stderr"):  # may be files, and larger than that
+        monkeypatch.setattr(sys, stream, io.StringIO())
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
     try:
         with pytest.raises(SystemExit, match=r"OSError: .*scores\.csv'"):
