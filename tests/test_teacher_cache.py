@@ -23,6 +23,7 @@ from anomalib_stfpm_ext import StfpmExt, teacher_cache
 from anomalib_stfpm_ext.teacher_cache import TeacherCache
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["layer1", "layer2"]
 
 
@@ -43,14 +44,6 @@ class Record(Callback):
 
     def on_train_epoch_start(self, *_):
         self.images.append(self.count)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these networks are too small for more
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -14,15 +14,8 @@ from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.bridges import save_checkpoint, write_authors_student
 from anomalib_stfpm_ext.teacher_checkpoint import CHECKPOINT_KEY, TEACHER_PREFIX, checksum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["layer1", "layer2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these networks are too small for more
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
