@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def make_features(
     batch: int, size: int, layout: str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[Pyramid, Pyramid]:
     """Make the features of a ResNet18's teacher and student for images of one size."""
-    teacher, student = [], []
+    teacher: Pyramid = []
+    student: Pyramid = []
     for channels, stride in RESNET18:
         features = torch.randn(batch, channels, size // stride, size // stride, device=device)
         for side, noise in ((teacher, 0.0), (student, 0.1)):
@@ -83,7 +84,7 @@ class Timer:
         work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     def wall_seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds until `work` is done."""
@@ -95,7 +96,7 @@ class Timer:
 
 
 def time_in_turns(
-    candidates: dict[str, Callable[[], Any]],
+    candidates: Mapping[str, Callable[[], Any]],
     seconds: float,
     clock: Callable[[Callable[[], Any]], float] | None = None,
     before: Callable[[], Any] = lambda: None,
@@ -104,7 +105,7 @@ def time_in_turns(
     """Return the median seconds of each candidate.
 
     Args:
-        candidates (dict[str, Callable]): What to time. All run in turn, so that a busy machine slows all of them.
+        candidates (Mapping[str, Callable]): What to time. All run in turn, so that a busy machine slows all of them.
         seconds (float): How long to go on.
         clock (Callable | None): Takes a candidate and returns its seconds. Defaults to the CPU's.
         before (Callable): Called before each candidate, outside its time.

@@ -29,18 +29,18 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import Stfpm
 from anomalib.models.components import AnomalibModule
+from common import cpu_model
 from lightning.pytorch import Callback, Trainer, seed_everything
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from scorer import cpu_model
 from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_stfpm_ext import StfpmExt
 
-NETWORK = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.1", "blocks.2", "blocks.4"]}
+NETWORK: dict[str, Any] = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.1", "blocks.2", "blocks.4"]}
 # Scores as they come: anomalib's post-processor clamps them, which makes ties.
-RAW = {"post_processor": False, "evaluator": False, "visualizer": False}
+RAW: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
 ANOMALIB, OURS = "anomalib Stfpm", "StfpmExt"
 
 

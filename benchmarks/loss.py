@@ -71,7 +71,11 @@ def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float, bandwid
     }
 
 
-LOSSES = {"eager": formula, "compiled": torch.compile(formula), "ours": StfpmExtLoss()}
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "eager": formula,
+    "compiled": torch.compile(formula),
+    "ours": StfpmExtLoss(),
+}
 
 
 def print_table(cases: list[dict[str, Any]]) -> None:

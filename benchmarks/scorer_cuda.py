@@ -13,6 +13,7 @@ import itertools
 import statistics
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,22 @@ def measure(
     ours = candidates["ours"](*sets[0])
     for name, candidate in candidates.items():
         if dtype == torch.float32:
-            torch.testing.assert_close(candidate(*sets[0]), ours, rtol=1e-3, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(candidate(*sets[0]), ours, rtol=1e-3, atol=0, msg=partial("{}: {}".format, name))
 
     def all_sets(candidate: Scorer) -> None:
         for teacher, student in sets:
             candidate(teacher, student)
 
-    works: dict[str, Callable[[], Any]] = {name: lambda c=c: all_sets(c) for name, c in candidates.items()}
+    features = itertools.cycle(sets)
+
+    def one_set(candidate: Scorer) -> None:
+        candidate(*next(features))
+
+    works: dict[str, Callable[[], Any]] = {name: partial(all_sets, c) for name, c in candidates.items()}
     if timer.cuda:
         works |= {f"{name}, graph": capture(work) for name, work in works.items()}
     device_seconds = time_in_turns(works, seconds / 2, timer.device_seconds)
-    features = itertools.cycle(sets)
-    single = {name: lambda c=candidate: c(*next(features)) for name, candidate in candidates.items()}
+    single = {name: partial(one_set, candidate) for name, candidate in candidates.items()}
     return {
         "batch": batch,
         "size": size,

@@ -317,6 +317,7 @@ def test_resumed_run_ends_as_the_unbroken_one(fit, images, tmp_path, make_model)
 
 DDP = """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -345,7 +346,8 @@ for location in (None, "memory"):
     model = StfpmExt("test_resnet", ["layer1", "layer2"], False, lr=0.05, held_out_share=0.3, seed=0,
         visualizer=False, pre_processor=StfpmExt.configure_pre_processor((48, 64)), teacher_cache=location)
     model.model.teacher_model.register_forward_pre_hook(record.add)
-    engine = Engine([record], default_root_dir=output, max_epochs=4, accelerator="cpu", devices=2, strategy="ddp",
+    own = Path(output, os.environ.get("LOCAL_RANK", "0"))  # anomalib's numbered folders are no matter for two
+    engine = Engine([record], default_root_dir=own, max_epochs=4, accelerator="cpu", devices=2, strategy="ddp",
         logger=False, enable_progress_bar=False, limit_val_batches=0)
     engine.fit(model, datamodule=data)
     result = {"losses": record.losses, "history": model.choice.history, "images": record.images}
