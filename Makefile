@@ -10,10 +10,11 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* autoload/* a
 FUZZ_SECONDS ?= 600
 TESTS_OF_CSRC := $(addprefix tests/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py)
 
-.PHONY: test demo fuzz sanitize lint format clean
+.PHONY: test demo fuzz sanitize sanitize-address sanitize-thread lint format clean
 
+# Threads that wait by spinning, as OpenMP's do, would take the processor from the other process.
 test: .venv/test.stamp
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 fuzz: .venv/test.stamp
 	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/test_properties.py
@@ -25,9 +26,14 @@ PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=$(1)) $$($(CXX) -print-file-nam
 	PYTHONPATH=build/$(2) STFPM_EXT_SANITIZE=$($(2)_SANITIZERS)
 address_SANITIZERS := address,undefined
 thread_SANITIZERS := thread
-sanitize: build/address.stamp build/thread.stamp
+
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address: build/address.stamp
 	$(call PRELOAD,libasan.so,address) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		$(BIN)/pytest --capture=sys $(TESTS_OF_CSRC) -k "not interpreter_ends"
+
+sanitize-thread: build/thread.stamp
 	$(call PRELOAD,libtsan.so,thread) TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
 		setarch -R $(BIN)/pytest --capture=sys $(TESTS_OF_CSRC) \
 		-k "(threads or layouts or reference or combin) and not fork"
@@ -40,9 +46,6 @@ build/%.stamp: .venv/test.stamp
 demo: .venv/demo.stamp $(CHECKPOINT)
 	$(BIN)/python demo/report.py $(CHECKPOINT) $(OUTPUT)
 
-# On a CPU, training spends half its time in page faults unless glibc keeps the memory that it has.
-$(CHECKPOINT): export MALLOC_TRIM_THRESHOLD_ = -1
-$(CHECKPOINT): export MALLOC_MMAP_MAX_ = 0
 $(CHECKPOINT): $(OUTPUT)/tf_efficientnet_lite0.safetensors
 	rm -rf $(OUTPUT)/results
 	$(BIN)/anomalib train --config demo/elpv.yaml

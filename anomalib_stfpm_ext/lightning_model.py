@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from .distributed import StudentSync, share_images
 from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed, check_share
+from .kept_memory import KeptMemory
 from .loss import StfpmExtLoss
 from .scorer import fail
 from .teacher_cache import TeacherCache
@@ -316,12 +317,12 @@ class StfpmExt(AnomalibModule):
         return self.cache.features(batch, self.model.teacher_features) if self.cache else None
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add the cache, which lets go of its features when a fit ends, to anomalib's callbacks.
+        """Add what lasts as long as a fit to anomalib's callbacks: memory that is kept, and the cache.
 
         Returns:
             Sequence[Callback]: The callbacks.
         """
-        return [*super().configure_callbacks(), *([self.cache] if self.cache else [])]
+        return [*super().configure_callbacks(), KeptMemory(), *([self.cache] if self.cache else [])]
 
     def on_train_start(self) -> None:
         """Stretch the cosine over the training, whose steps are known only now that images are held out.

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torchmetrics.functional.classification import binary_auroc
 
-from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext import StfpmExt, anomaly_map
 
 NETWORK: dict[str, Any] = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.1", "blocks.2", "blocks.4"]}
 # Scores as they come: anomalib's post-processor clamps them, which makes ties.
@@ -45,17 +45,23 @@ ANOMALIB, OURS = "anomalib Stfpm", "StfpmExt"
 
 
 class Curve(Callback):
-    """Measures the image AUROC of the student after every epoch; of the averaged student, where there is one."""
+    """Measures the image AUROC of the student after every epoch; of the averaged student, where there is one.
+
+    Takes the test images through the teacher once, and the maps from the fused scorer whosesoever the model is.
+    """
 
     def __init__(self, cells: Folder) -> None:
         self.cells = cells
         self.points: list[dict[str, Any]] = []
 
+    @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
-        """Prepare the test images once."""
+        """Prepare the test images and their teacher's features once."""
         del trainer
         items = list(self.cells.test_data)
-        self.images = torch.stack([pl_module.pre_processor.transform(item.image) for item in items])
+        images = torch.stack([pl_module.pre_processor.transform(item.image) for item in items]).to(pl_module.device)
+        self.batches = images.contiguous(memory_format=torch.channels_last).split(32)
+        self.teacher = [pl_module.model.teacher_model(batch) for batch in self.batches]
         self.labels = torch.tensor([int(item.gt_label) for item in items])
 
     @torch.no_grad()
@@ -64,9 +70,11 @@ class Curve(Callback):
         pl_module.model.eval()
         choice = getattr(pl_module, "choice", None)
         with choice.averaged() if choice else nullcontext():
-            batches = [pl_module.model(batch.to(pl_module.device)) for batch in self.images.split(32)]
+            student = [pl_module.model.student_model(batch) for batch in self.batches]
         pl_module.model.train()
-        scores = torch.cat([batch.pred_score.flatten().cpu() for batch in batches])
+        size = self.batches[0].shape[2:]
+        maps = (anomaly_map(*features, size) for features in zip(self.teacher, student, strict=True))
+        scores = torch.cat([score.cpu() for _, score in maps])
         # torchmetrics would take scores above 1 for logits, and their sigmoid has ties.
         auroc = float(binary_auroc(scores / scores.max(), self.labels))
         self.points.append({"step": trainer.global_step, "epoch": trainer.current_epoch, "AUROC": auroc})
@@ -94,7 +102,8 @@ def train(variant: str, options: dict[str, Any], seed: int, epochs: int, data: P
         with mock.patch("timm.create_model", partial(timm.create_model, **overlay)):
             model = Stfpm(**NETWORK, **RAW)
     else:
-        model = StfpmExt(**NETWORK, **RAW, teacher_weights=weights, seed=seed, **options)
+        # The kept features of the teacher change nothing but the time.
+        model = StfpmExt(**NETWORK, **RAW, teacher_weights=weights, teacher_cache="memory", seed=seed, **options)
     curve, start = Curve(cells), time.perf_counter()
     with tempfile.TemporaryDirectory() as workspace:  # for anomalib's numbered folders
         Engine(

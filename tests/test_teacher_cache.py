@@ -112,7 +112,7 @@ def test_half_precision_comes_near(fit):
         {"trainer": {"limit_val_batches": None, "val_check_interval": 0.5}},
         {"arguments": {"backbone": "test_convnext", "layers": ["stages.0", "stages.1"], "teacher_weights": False}},
     ],
-    ids=lambda arguments: str(next(iter(arguments.values()))),
+    ids=["workers", "validation images", "bfloat16", "tiles", "learning rate finder", "half epochs", "layer norm"],
 )
 def test_same_bits_however_one_trains(fit, images, arguments):
     def run(**cache):

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A fit on a CPU keeps the memory that its steps free, and gives it back at its end."""
+
+import os
+import resource
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from conftest import folder
+from lightning.pytorch import Callback
+
+from anomalib_stfpm_ext import StfpmExt
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+
+
+def page_faults() -> int:
+    """Return how many page faults it takes to use and free 64 MiB again and again."""
+    torch.zeros(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(1 << 24).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+class Look(Callback):
+    """Counts page faults within the fit; may end it."""
+
+    def __init__(self, error: type[BaseException] | None = None) -> None:
+        self.error = error
+        self.faults = -1
+
+    def on_train_epoch_end(self, *_):
+        self.faults = page_faults()
+        if self.error:
+            raise self.error
+
+
+def fit(look: Look, images, tmp_path) -> None:
+    pre_processor = StfpmExt.configure_pre_processor((48, 64))
+    model = StfpmExt("test_resnet", ["layer1"], False, lr=0.05, visualizer=False, pre_processor=pre_processor)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Engine([look], max_epochs=1, limit_val_batches=0, default_root_dir=tmp_path, **quiet).fit(model, folder(images))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_kept_until_the_fit_ends(images, tmp_path, error):
+    before = page_faults()
+    look = Look(error)
+    if error:
+        with pytest.raises((error, SystemExit)):
+            fit(look, images, tmp_path)
+    else:
+        fit(look, images, tmp_path)
+    assert 0 <= look.faults < before / 10
+    assert page_faults() > before / 2
+
+
+def test_users_own_settings_stay(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    before = page_faults()
+    look = Look()
+    fit(look, images, tmp_path)
+    assert look.faults > before / 2
