@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from anomalib.data.utils.image import get_image_filenames_from_dir, read_image, read_mask
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from rich.progress import track
 
@@ -202,8 +202,10 @@ def draw_histogram(
     if threshold is not None:
         axis.axvline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3g}")
     axis.set(xscale="log", xlabel="image score (raw, logarithmic scale)", ylabel="images")
-    for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        formatter(LogFormatter())  # 2 and 0.01, not powers of 10
+    digits = (1, 2, 5) if edges[-1] > 10 * edges[0] else range(1, 10)
+    axis.xaxis.set_major_locator(LogLocator(subs=digits))
+    axis.xaxis.set_major_formatter("{x:g}")  # 2 and 0.01, not powers of 10
+    axis.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside upper center", frameon=False)
     return _render(figure)
 

@@ -2,6 +2,7 @@
 
 """The teacher's features, computed once and kept: the teacher never changes, nor do images without augmentation."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -21,6 +22,12 @@ from .held_out import check_loader, same_loader
 from .scorer import fail
 
 Features = dict[str, torch.Tensor]
+# Limit and usage of a container's memory, and the name of what can be had back: control groups of version 2 and of 1.
+_CONTAINER = Path("/sys/fs/cgroup")
+_CONTAINER_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 _WANTED = "images that are the same in every epoch"
 
 
@@ -206,8 +213,24 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _free_memory() -> int:
     """Return the memory that is available, in bytes; as on every Linux, which this package is for."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    available = 1024 * _numbers("/proc/meminfo")["MemAvailable"]
+    return int(min(available, *map(_free_in_container, _CONTAINER_LIMITS)))
+
+
+def _free_in_container(files: tuple[str, str, str]) -> float:
+    """Return what a container's limit leaves: not taken, or by pages of files that nobody has used of late."""
+    limit, usage, inactive = files
+    try:
+        used = int((_CONTAINER / usage).read_text()) - _numbers((_CONTAINER / limit).with_name("memory.stat"))[inactive]
+        return int((_CONTAINER / limit).read_text()) - used
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return math.inf
+
+
+def _numbers(file: str | Path) -> dict[str, int]:
+    """Read a file of the kernel with a name and a number on each line."""
+    lines = (line.replace(":", "").split() for line in Path(file).read_text().splitlines())
+    return {line[0]: int(line[1]) for line in lines}
 
 
 def _check_transform(argument: str, transform: Any) -> None:

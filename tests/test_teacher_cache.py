@@ -217,6 +217,21 @@ def test_features_that_do_not_fit_are_refused(fit, monkeypatch, location):
         fit(teacher_cache=location, teacher_cache_half=True)
 
 
+@pytest.mark.parametrize(("limit", "usage", "inactive"), teacher_cache._CONTAINER_LIMITS)
+def test_memory_of_a_container(monkeypatch, tmp_path, limit, usage, inactive):
+    whole = teacher_cache._free_memory()
+    monkeypatch.setattr(teacher_cache, "_CONTAINER", tmp_path)
+    assert teacher_cache._free_memory() == pytest.approx(whole, rel=0.2)  # no files, no limit
+    folder = (tmp_path / limit).parent
+    folder.mkdir(exist_ok=True)
+    (folder / "memory.stat").write_text(f"cache 7000\n{inactive} 5000\n")
+    (tmp_path / usage).write_text("30000\n")
+    (tmp_path / limit).write_text("max\n")
+    assert teacher_cache._free_memory() == pytest.approx(whole, rel=0.2)
+    (tmp_path / limit).write_text("100000\n")
+    assert teacher_cache._free_memory() == 100000 - 30000 + 5000
+
+
 def test_half_precision_that_does_not_hold_the_features_is_refused(fit):
     class Loud(Callback):
         def on_fit_start(self, _trainer, module):
