@@ -73,12 +73,21 @@ class Curve(Callback):
             student = [pl_module.model.student_model(batch) for batch in self.batches]
         pl_module.model.train()
         size = self.batches[0].shape[2:]
-        maps = (anomaly_map(*features, size) for features in zip(self.teacher, student, strict=True))
-        scores = torch.cat([score.cpu() for _, score in maps])
-        # torchmetrics would take scores above 1 for logits, and their sigmoid has ties.
-        auroc = float(binary_auroc(scores / scores.max(), self.labels))
-        self.points.append({"step": trainer.global_step, "epoch": trainer.current_epoch, "AUROC": auroc})
+        scores: dict[str, list[torch.Tensor]] = {}
+        for features in zip(self.teacher, student, strict=True):
+            _, score, level_maps = anomaly_map(*features, size, level_maps=True)
+            scores.setdefault("product", []).append(score)
+            for level, maps in zip(features[0], level_maps.unbind(1), strict=True):
+                scores.setdefault(level, []).append(maps.amax((1, 2)))
+        levels = {name: self._auroc(torch.cat(batches).cpu()) for name, batches in scores.items()}
+        auroc = levels.pop("product")
+        point = {"step": trainer.global_step, "epoch": trainer.current_epoch, "AUROC": auroc, "levels": levels}
+        self.points.append(point)
         print(f"  step {trainer.global_step}: image AUROC {auroc:.3f}", flush=True)
+
+    def _auroc(self, scores: torch.Tensor) -> float:
+        # torchmetrics would take scores above 1 for logits, and their sigmoid has ties.
+        return float(binary_auroc(scores / scores.max(), self.labels))
 
 
 def train(variant: str, options: dict[str, Any], seed: int, epochs: int, data: Path) -> dict[str, Any]:
