@@ -16,8 +16,8 @@ class KeptMemory(Callback):
     """Lets glibc keep freed memory while a fit runs on a CPU.
 
     Activations are larger than what glibc keeps by itself, so that each step would take its memory from the system
-    anew, page fault by page fault: a fifth to a half of the step's time. The limits are the whole process's. Whoever
-    sets some in the environment (``MALLOC_...``, ``GLIBC_TUNABLES``) gets those.
+    anew, page fault by page fault. The limits are the whole process's. Whoever sets some in the environment
+    (``MALLOC_...``, ``GLIBC_TUNABLES``) gets those.
 
     Attributes:
         active (bool): Whether memory is kept now.
