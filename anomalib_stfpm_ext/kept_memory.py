@@ -5,6 +5,7 @@
 import ctypes
 import os
 import platform
+from abc import ABC, abstractmethod
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -12,7 +13,25 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 
 
-class KeptMemory(Callback):
+class HeldForFit(Callback, ABC):
+    """What is held for a fit and released at its end, however it ends."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of it."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release it at the end of the fit."""
+        del trainer, pl_module, stage
+        self.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Release it where an exception ends the fit."""
+        del trainer, pl_module, exception
+        self.release()
+
+
+class KeptMemory(HeldForFit):
     """Lets glibc keep freed memory while a fit runs on a CPU.
 
     Activations are larger than what glibc keeps by itself, so that each step would take its memory from the system
@@ -32,16 +51,6 @@ class KeptMemory(Callback):
         if trainer.strategy.root_device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not chosen:
             self.active = True
             limit_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1})
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the memory back at the end of the fit."""
-        del trainer, pl_module, stage
-        self.release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the memory back where an exception ends the fit."""
-        del trainer, pl_module, exception
-        self.release()
 
     def release(self) -> None:
         """Return to the limits that glibc comes to by itself where large memory is freed."""

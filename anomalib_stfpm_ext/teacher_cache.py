@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.spec import transform_to_spec
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .held_out import check_loader, same_loader
+from .kept_memory import HeldForFit
 from .scorer import fail
 
 Features = dict[str, torch.Tensor]
@@ -39,7 +40,7 @@ class _Level(NamedTuple):
     dtype: torch.dtype  # the teacher's
 
 
-class TeacherCache(Callback):
+class TeacherCache(HeldForFit):
     """Keeps the teacher's features of all images of a fit, until the fit ends.
 
     An image is known by its number in the data set, which travels with it through samplers, workers and processes. A
@@ -153,16 +154,6 @@ class TeacherCache(Callback):
         self._num_images, self._num_processes = 0, 1
         self._levels: dict[str, _Level] = {}
         self._checksums: dict[int, int] = {}
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the features at the end of the fit."""
-        del trainer, pl_module, stage
-        self.release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the features where an exception ends the fit."""
-        del trainer, pl_module, exception
-        self.release()
 
     def _allocate(self, features: Features) -> None:
         """Find room for the features of all images, given those of some."""
