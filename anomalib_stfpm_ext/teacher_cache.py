@@ -214,7 +214,7 @@ def _free_in_container(files: tuple[str, str, str]) -> float:
     try:
         used = int((_CONTAINER / usage).read_text()) - _numbers((_CONTAINER / limit).with_name("memory.stat"))[inactive]
         return int((_CONTAINER / limit).read_text()) - used
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
         return math.inf
 
 
