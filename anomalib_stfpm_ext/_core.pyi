@@ -1,5 +1,7 @@
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
+
+Result = TypeVar("Result")
 
 __version__: str
 compiler: str
@@ -36,6 +38,7 @@ def selected_isa() -> str: ...
 def anomaly_map(call: Call, num_threads: int) -> None: ...
 def feature_matching(call: MatchingCall, loss: int, num_threads: int) -> None: ...
 def feature_matching_backward(call: MatchingCall, upstream: int, gradients: Gradients, num_threads: int) -> None: ...
+def run_both(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]: ...
 
 # Only where the build has a CUDA scorer. `scratch` is the address of room for the distances of all levels and, where
 # they are combined at another size than the map's, for the combined map; `partial_sums` that of room for

@@ -87,13 +87,8 @@ class FeaturePyramid(nn.Module):
         tensors = [*self.feature_extractor.parameters(), *self.feature_extractor.buffers()]
         if (
             self.training
-            or torch.is_grad_enabled()
-            or images.is_meta
+            or not is_plain_inference(images)
             or images.dtype != tensors[0].dtype  # for torch to refuse
-            or torch.is_autocast_enabled(images.device.type)
-            or torch.compiler.is_compiling()  # compilers and exporters fold by themselves
-            or torch._C._get_tracing_state() is not None
-            or is_in_torch_dispatch_mode()
             or any(map(torch.is_inference, tensors))
         ):
             features = self.feature_extractor(images)
@@ -197,6 +192,26 @@ class Student(FeaturePyramid):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
                 nn.init.ones_(module.weight)
+
+
+def is_plain_inference(images: torch.Tensor) -> bool:
+    """Tell whether features are all that is wanted.
+
+    Args:
+        images (torch.Tensor): The images.
+
+    Returns:
+        bool: ``False`` with gradients or autocast, and under compilers, exporters and tracers, which follow what they
+            see, and fold by themselves.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or images.is_meta
+        or torch.is_autocast_enabled(images.device.type)
+        or torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str], Any]) -> Any:

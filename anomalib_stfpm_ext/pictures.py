@@ -106,7 +106,7 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
     images = image[None].to(model.device)
     if model.pre_processor:
         images = model.pre_processor.transform(images)  # not its forward, which resizes as exported models do
-    teacher, student = model.model.teacher_model(images), model.model.student_model(images)
+    teacher, student = model.model.features(images)
     size, combine_size = tuple(images.shape[-2:]), model.model.combine_size(teacher)
     product, score, maps = anomaly_map(teacher, student, size, combine_size=combine_size, level_maps=True)
     sizes = {name: (features.shape[-2], features.shape[-1]) for name, features in teacher.items()}

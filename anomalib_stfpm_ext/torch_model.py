@@ -4,6 +4,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,8 +13,9 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from ._torch_op import formula, has_kernel
-from .feature_pyramid import FeaturePyramid, Student, Teacher
+from .feature_pyramid import FeaturePyramid, Student, Teacher, is_plain_inference
 from .scorer import anomaly_map, check_options, fail
+from .side_by_side import can_run_side_by_side, side_by_side
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -75,8 +77,10 @@ class StfpmExtModel(nn.Module):
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
         image_size = (images.shape[-2], images.shape[-1])
-        teacher = self.teacher_features(images) if teacher is None else teacher
-        student = self._features(self.student_model, images)
+        if teacher is None:
+            teacher, student = self.features(images)
+        else:
+            student = self._features(self.student_model, images)
         if self.training:
             return teacher, student
         combine_size = self.combine_size(teacher)
@@ -101,6 +105,21 @@ class StfpmExtModel(nn.Module):
             return None
         finest = features[self.teacher_model.finest]
         return (finest.shape[-2], finest.shape[-1])
+
+    def features(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Compute both sides; in inference, where torch has two threads on a CPU, at the same time.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: Features ``(B, C, H_l, W_l)`` of teacher and
+                student by level.
+        """
+        teacher, student = partial(self.teacher_features, images), partial(self._features, self.student_model, images)
+        if not self.training and is_plain_inference(images) and can_run_side_by_side(images.device):
+            return side_by_side(teacher, student)
+        return teacher(), student()
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the teacher's side, which never changes for an image.

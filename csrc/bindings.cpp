@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,7 @@
 
 #include "anomaly_map.h"
 #include "cpu/dispatch.h"
+#include "cpu/team.h"
 #include "feature_matching.h"
 
 namespace py = pybind11;
@@ -180,6 +182,28 @@ void match_backward_on_cpu(const MatchingTuple& call, uintptr_t upstream, const 
   });
 }
 
+/// Calls two functions at the same time, and returns what they return; of what they raise, the first.
+py::tuple run_both(const py::function& first, const py::function& second) {
+  const std::array<const py::function*, 2> functions{&first, &second};
+  std::array<py::object, 2> results;
+  std::exception_ptr error;
+  std::atomic<size_t> next{0};
+  without_gil([&] {
+    run_team(2, [&] {
+      for (size_t index = next++; index < functions.size(); index = next++) {
+        const py::gil_scoped_acquire gil;  // guards the error as well
+        try {
+          results[index] = (*functions[index])();
+        } catch (...) {
+          if (!error) error = std::current_exception();
+        }
+      }
+    });
+  });
+  if (error) std::rethrow_exception(error);
+  return py::make_tuple(results[0], results[1]);
+}
+
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
 constexpr const char* kCudaArchitectures = STFPM_EXT_CUDA_ARCHITECTURES;
 
@@ -229,6 +253,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("feature_matching", &match_on_cpu, py::arg("call"), py::arg("loss"), py::arg("num_threads"));
   module.def("feature_matching_backward", &match_backward_on_cpu, py::arg("call"), py::arg("upstream"),
              py::arg("gradients"), py::arg("num_threads"));
+  module.def("run_both", &run_both, py::arg("first"), py::arg("second"));
   module.attr("most_partial_sums") = kMostPartialSums;
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
   module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("scratch"), py::arg("device"),
