@@ -201,14 +201,23 @@ def is_plain_inference(images: torch.Tensor) -> bool:
         images (torch.Tensor): The images.
 
     Returns:
-        bool: ``False`` with gradients or autocast, and under compilers, exporters and tracers, which follow what they
-            see, and fold by themselves.
+        bool: ``False`` with gradients or autocast, and where :func:`is_traced`, since compilers fold by themselves.
     """
-    return not (
+    return not (is_traced(images) or torch.is_grad_enabled() or torch.is_autocast_enabled(images.device.type))
+
+
+def is_traced(images: torch.Tensor) -> bool:
+    """Tell whether a compiler, an exporter or a tracer follows what is computed.
+
+    Args:
+        images (torch.Tensor): The images.
+
+    Returns:
+        bool: Whether one does, or nothing is computed at all.
+    """
+    return (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
         or images.is_meta
-        or torch.is_autocast_enabled(images.device.type)
         or torch._C._get_tracing_state() is not None
         or is_in_torch_dispatch_mode()
     )

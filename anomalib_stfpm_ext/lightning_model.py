@@ -34,7 +34,7 @@ from .loss import StfpmExtLoss
 from .scorer import fail
 from .teacher_cache import TeacherCache
 from .teacher_checkpoint import bring_back, leave_out
-from .torch_model import StfpmExtModel
+from .torch_model import CompileMode, StfpmExtModel
 
 MAX_EPOCHS = 100
 
@@ -111,6 +111,9 @@ class StfpmExt(AnomalibModule):
             temporary files (``TMPDIR``). Wants images that are the same in every epoch, so no random augmentation.
             Defaults to ``None``, which keeps none.
         teacher_cache_half (bool): Keep them in float16, half the space; losses differ slightly. Defaults to ``False``.
+        compile_mode (Literal["default", "reduce-overhead", "max-autotune"] | None): Have ``torch.compile`` compile
+            inference in this mode, once for each size of images; the last two replay CUDA graphs on a GPU. Neither
+            checkpoints nor exports are of it. Defaults to ``None``, which compiles nothing.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to 256x256 and normalises as
             the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
@@ -153,6 +156,7 @@ class StfpmExt(AnomalibModule):
         save_teacher: bool = True,
         teacher_cache: Literal["memory", "disk"] | None = None,
         teacher_cache_half: bool = False,
+        compile_mode: CompileMode | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -164,7 +168,7 @@ class StfpmExt(AnomalibModule):
             fail(ValueError, "lr_schedule", "constant or cosine", repr(lr_schedule))
         if seed is not None:
             seed_everything(seed, workers=True)
-        model = StfpmExtModel(backbone, layers, teacher_weights, combine_at)
+        model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
         if pre_processor is True:
             config = timm.get_pretrained_cfg(backbone)
             pre_processor = self.configure_pre_processor(mean=config.mean, std=config.std)

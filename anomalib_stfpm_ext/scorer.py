@@ -134,8 +134,9 @@ def anomaly_map(
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
         try:
-            results: tuple[Any, ...] = _torch_op().anomaly_map(teacher_levels, student_levels, image_size, options, out)
-            return results
+            from . import _torch_op
+
+            return _torch_op.anomaly_map(teacher_levels, student_levels, image_size, options, out)
         except Exception:
             check_features(teacher_levels, student_levels, torch.Tensor, names)  # names what it complains of
             raise
@@ -359,13 +360,6 @@ def pair_levels(teacher: Any, student: Any) -> tuple[list[Any], list[Any], list[
         if not isinstance(levels, Sequence) or isinstance(levels, str):
             fail(TypeError, side, "a sequence of features, or both sides as mappings", _qualified(type(levels)))
     return list(range(len(teacher))), list(teacher), list(student)
-
-
-@functools.cache  # an import statement in a function costs a microsecond at each call
-def _torch_op() -> Any:
-    from . import _torch_op as module
-
-    return module
 
 
 def _as_numpy(level: Any) -> Any:

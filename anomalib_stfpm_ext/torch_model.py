@@ -3,22 +3,24 @@
 """STFPM as a torch module: images in, anomaly map and score out."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
 from ._torch_op import formula, has_kernel
-from .feature_pyramid import FeaturePyramid, Student, Teacher, is_plain_inference
+from .feature_pyramid import FeaturePyramid, Student, Teacher, is_plain_inference, is_traced
 from .scorer import anomaly_map, check_options, fail
 from .side_by_side import can_run_side_by_side, side_by_side
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
 class StfpmExtModel(nn.Module):
@@ -31,9 +33,13 @@ class StfpmExtModel(nn.Module):
         combine_at (str): ``"image"``: the levels' maps are stretched to the image's size and multiplied there, as the
             paper has it. ``"finest"``: they are multiplied at the finest level's size, and the product is stretched, as
             the paper's authors' code has it.
+        compile_mode (str | None): Mode of ``torch.compile`` for inference: ``"default"``, ``"reduce-overhead"`` or
+            ``"max-autotune"``, of which the last two replay CUDA graphs on a GPU. Copies and pickles are not compiled.
+            Defaults to ``None``, which compiles nothing.
 
     Raises:
-        ValueError: If ``combine_at`` is neither, and as :class:`anomalib_stfpm_ext.feature_pyramid.Teacher` does.
+        ValueError: If ``combine_at`` or ``compile_mode`` is none of these, and as
+            :class:`anomalib_stfpm_ext.feature_pyramid.Teacher` does.
 
     Attributes:
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
@@ -52,11 +58,15 @@ class StfpmExtModel(nn.Module):
         layers: Sequence[str],
         teacher_weights: str | Path | bool = True,
         combine_at: Literal["image", "finest"] = "image",
+        compile_mode: CompileMode | None = None,
     ) -> None:
         super().__init__()
         if combine_at not in ("image", "finest"):
             fail(ValueError, "combine_at", "'image' or 'finest'", repr(combine_at))
-        self.combine_at = combine_at
+        if compile_mode not in (None, *get_args(CompileMode)):
+            fail(ValueError, "compile_mode", f"None or one of {get_args(CompileMode)}", repr(compile_mode))
+        self.combine_at, self.compile_mode = combine_at, compile_mode
+        self._compiled: Callable[[torch.Tensor], InferenceBatch] | None = None
         self.tiler: Tiler | None = None
         self.teacher_model = Teacher(backbone, layers, teacher_weights)
         self.student_model = Student(backbone, layers)
@@ -76,6 +86,9 @@ class StfpmExtModel(nn.Module):
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
+        inference = not (self.training or torch.is_grad_enabled())
+        if self.compile_mode and inference and teacher is None and not is_traced(images):
+            return self._forward_compiled(images)
         image_size = (images.shape[-2], images.shape[-1])
         if teacher is None:
             teacher, student = self.features(images)
@@ -91,6 +104,17 @@ class StfpmExtModel(nn.Module):
         else:
             amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))
+
+    def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:
+        if self._compiled is None:
+            self._compiled = torch.compile(self.forward, mode=self.compile_mode)
+        result = self._compiled(images.as_subclass(torch.Tensor))  # torch compiles no methods of torchvision's Image
+        # The next replay of a CUDA graph writes where the results of this one are.
+        return InferenceBatch(pred_score=result.pred_score.clone(), anomaly_map=result.anomaly_map.clone())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "compile_mode": None, "_compiled": None}
 
     def combine_size(self, features: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
         """Say where the scorer combines the levels.

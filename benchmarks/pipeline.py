@@ -74,7 +74,8 @@ def _create_untrained(create_model: Callable[..., Any], *arguments: Any, **optio
 def make_routes(models: dict[str, Any], device: torch.device, folder: Path) -> dict[str, Route]:
     """Return, by name, what takes images to verdicts."""
     routes: dict[str, Route] = {name: torch.inference_mode()(model) for name, model in models.items()}
-    routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"]))
+    mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
+    routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"], mode=mode))
     if openvino is None or device.type != "cpu":
         print("without OpenVINO: " + ("not installed" if openvino is None else "it runs on the CPU"))
         return routes

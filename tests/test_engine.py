@@ -2,6 +2,7 @@
 
 """StfpmExt through stock anomalib: every subcommand, checkpoints, seeds."""
 
+import copy
 import csv
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 from conftest import folder
+from torch._dynamo.utils import counters
 
 from anomalib_stfpm_ext import StfpmExt
 
@@ -56,6 +58,21 @@ def test_checkpoint_loads_without_the_teachers_file(trained, images):
     assert torch.equal(scores(StfpmExt("resnet18", teacher_weights=False), images, ckpt_path=checkpoint), expected)
     content = torch.load(checkpoint, weights_only=True)
     assert content["hyper_parameters"]["backbone"] == "resnet18"
+
+
+def test_compiled_inference(images, tmp_path):
+    """Same scores by compiled code, which neither training, checkpoints, exports nor copies know."""
+    arguments = {"backbone": "test_resnet", "layers": ["layer1", "layer3"], "teacher_weights": False}
+    eager = StfpmExt(**arguments, visualizer=False)
+    model = StfpmExt(**arguments, visualizer=False, compile_mode="reduce-overhead")
+    model.load_state_dict(eager.state_dict())
+    expected, before = scores(eager, images), counters["stats"]["unique_graphs"]
+    for each in (copy.deepcopy(model), model):
+        torch.testing.assert_close(scores(each, images), expected, rtol=1e-4, atol=0)
+        assert counters["stats"]["unique_graphs"] == before + (each is model)
+    model.train().model(torch.rand(2, 3, 64, 64))
+    assert model.to_torch(tmp_path).exists()
+    assert counters["stats"]["unique_graphs"] == before + 1
 
 
 def anomalib(*arguments: str, cwd: Path) -> str:
