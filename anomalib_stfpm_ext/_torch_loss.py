@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import _core, scorer
-from ._torch_op import check_kernel
+from ._torch_op import check_kernel, current_stream
 from .scorer import OUTPUT_DTYPES, dtype_name, fail
 
 Tensors = Sequence[torch.Tensor]
@@ -45,7 +45,9 @@ def _fused(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tens
         _core.feature_matching(call, loss.data_ptr(), torch.get_num_threads())
     else:
         partial_sums = torch.empty(_core.most_partial_sums, dtype=torch.float64, device=device)
-        _core.feature_matching_cuda(call, loss.data_ptr(), partial_sums.data_ptr(), device.index, _stream(device))
+        _core.feature_matching_cuda(
+            call, loss.data_ptr(), partial_sums.data_ptr(), device.index, current_stream(device)
+        )
     return loss, scalars
 
 
@@ -75,17 +77,13 @@ def _fused_backward(
     elif device.type == "cpu":
         _core.feature_matching_backward(call, upstream.data_ptr(), targets, torch.get_num_threads())
     else:
-        _core.feature_matching_backward_cuda(call, upstream.data_ptr(), targets, device.index, _stream(device))
+        _core.feature_matching_backward_cuda(call, upstream.data_ptr(), targets, device.index, current_stream(device))
     return gradients
 
 
 def _call(teacher: Tensors, student: Tensors, scalars: torch.Tensor) -> "_core.MatchingCall":
     levels = scorer.core_levels(teacher, student, torch.Tensor.data_ptr, torch.Tensor.stride)
     return dtype_name(teacher[0].dtype), levels, len(teacher[0]), scalars.data_ptr()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _keep(ctx: Any, inputs: tuple[Tensors, Tensors], output: tuple[torch.Tensor, torch.Tensor]) -> None:

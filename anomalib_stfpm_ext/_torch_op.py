@@ -192,8 +192,13 @@ def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options)
     else:
         positions = sum(level.shape[2] * level.shape[3] for level in teacher) + math.prod(options.combine_size or (0,))
         scratch = torch.empty(teacher[0].shape[0] * positions, dtype=outputs[0].dtype, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _core.anomaly_map_cuda(call, scratch.data_ptr(), device.index, stream)
+        _core.anomaly_map_cuda(call, scratch.data_ptr(), device.index, current_stream(device))
+
+
+def current_stream(device: torch.device) -> int:
+    """Return torch's current stream on a CUDA device, as the kernels take it."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)  # without the Stream object, which takes longer
+    return stream
 
 
 def _options(

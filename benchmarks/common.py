@@ -5,7 +5,9 @@
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -31,8 +33,8 @@ def cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def describe_machine() -> dict[str, Any]:
-    """Say what runs: processor, threads, the scorer's build, and the versions of whatever is installed."""
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Say what runs: processor, GPU, threads, the scorer's build, and the versions of whatever is installed."""
     installed = {distribution.name for distribution in metadata.distributions()}
     packages = ("anomalib-stfpm-ext", "anomalib", "torch", "torchvision", "timm", "lightning", "openvino")
     return {
@@ -42,6 +44,18 @@ def describe_machine() -> dict[str, Any]:
         "compiler": _core.compiler,
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages if package in installed},
+        **(_describe_gpu(device) if torch.device(device).type == "cuda" else {}),
+    }
+
+
+def _describe_gpu(device: torch.device | str) -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, check=False, capture_output=True, text=True).stdout if shutil.which(query[0]) else ""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": driver.partition("\n")[0] or "unknown",
+        "cuda": torch.version.cuda,
+        "scorer_holds": _core.cuda_architectures,
     }
 
 
@@ -76,10 +90,15 @@ class Timer:
             torch.cuda.synchronize()
 
     def device_seconds(self, work: Callable[[], Any]) -> float:
-        """Return what the device takes for all that `work` enqueues."""
+        """Return what the device takes for all that `work` enqueues.
+
+        The device is kept busy until all is enqueued, so that it never waits for Python; but for work that itself waits
+        for the device.
+        """
         if not self.cuda:
             return self.wall_seconds(work)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(10_000_000)  # cycles: some 5 ms
         start.record()
         work()
         end.record()
@@ -157,16 +176,29 @@ def peak_bytes(step: Callable[[], Any], device: torch.device | str = "cpu") -> i
     return peak
 
 
-def measure_bandwidth() -> dict[str, float]:
-    """Measure how many bytes a second torch reads (sum) and writes (fill) with its threads, far beyond the caches."""
-    buffer = torch.ones(1 << 28)  # 1 GiB
-    seconds = time_in_turns({"read": buffer.sum, "write": lambda: buffer.fill_(1.0)}, 2.0)
-    return {name: buffer.nbytes / duration for name, duration in seconds.items()}
+def measure_bandwidth(device: torch.device | str = "cpu") -> dict[str, float]:
+    """Measure how many bytes a second torch reads (sum), writes (fill) and copies, far beyond the caches.
+
+    A copy counts for what it reads and what it writes.
+    """
+    buffer = torch.ones(1 << 28, device=device)  # 1 GiB
+    other = torch.empty_like(buffer)
+    works: dict[str, Callable[[], Any]] = {
+        "read": buffer.sum,
+        "write": lambda: other.fill_(1.0),
+        "copy": lambda: other.copy_(buffer),
+    }
+    seconds = time_in_turns(works, 2.0, Timer(device).device_seconds)
+    return {name: (2 if name == "copy" else 1) * buffer.nbytes / duration for name, duration in seconds.items()}
 
 
 def print_machine(machine: dict[str, Any]) -> None:
     """Print what runs, and at which bandwidth."""
     print(f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, torch {machine['torch']}")
+    if "gpu" in machine:
+        print(
+            f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}; code for {machine['scorer_holds']}"
+        )
     if "bandwidth" in machine:
         print(", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in machine["bandwidth"].items()))
 

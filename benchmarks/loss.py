@@ -3,9 +3,10 @@
 """Times the loss forward and backward beside its formula in torch operations, eager and under torch.compile.
 
 They take turns in one process, so that a busy machine slows all of them, and before each step the caches are emptied;
-every figure is a median. The floor is what the machine needs to read the features twice, forward and backward, and to
-write the gradient, at the read and write speed measured in the same run. The memory is the most that torch's allocator
-holds at a time beyond the features, the student's gradient included, which all must make.
+every figure is a median. On CUDA it is the time on the device, whose caches most of a batch is too large for. The floor
+is what the machine needs to read the features twice, forward and backward, and to write the gradient, at the read and
+write speed measured in the same run. The memory is the most that torch's allocator holds at a time beyond the features,
+the student's gradient included, which all must make.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from common import (
     LAYOUTS,
     CacheEviction,
+    Timer,
     describe_machine,
     make_features,
     measure_bandwidth,
@@ -33,9 +35,11 @@ from anomalib_stfpm_ext import StfpmExtLoss
 from anomalib_stfpm_ext.loss import formula
 
 
-def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float, bandwidth: dict[str, float]) -> dict[str, Any]:
+def measure(
+    batch: int, layout: str, dtype: torch.dtype, device: torch.device, seconds: float, bandwidth: dict[str, float]
+) -> dict[str, Any]:
     """Time one case after making sure that all candidates compute the same."""
-    teacher, student = make_features(batch, 256, layout, dtype)
+    teacher, student = make_features(batch, 256, layout, dtype, device)
     for level in student:
         level.requires_grad_()
     torch.compiler.reset()
@@ -56,15 +60,16 @@ def measure(batch: int, layout: str, dtype: torch.dtype, seconds: float, bandwid
         candidate()  # compiles
         for level in student:
             level.grad = None
-        memory[name] = peak_bytes(candidate)
+        memory[name] = peak_bytes(candidate, device)
         gradients[name] = [level.grad for level in student]
     for name in ("eager", "compiled"):
         torch.testing.assert_close(gradients[name], gradients["ours"], rtol=1e-3, atol=1e-8)
     del gradients
     case = {"batch": batch, "layout": layout, "dtype": str(dtype).removeprefix("torch.")}
     gradient_bytes = nbytes(student)
+    before = CacheEviction() if device.type == "cpu" else lambda: None
     return case | {
-        "seconds": time_in_turns(steps, seconds, before=CacheEviction()),
+        "seconds": time_in_turns(steps, seconds, Timer(device).device_seconds, before),
         "floor": 2 * nbytes(teacher, student) / bandwidth["read"] + gradient_bytes / bandwidth["write"],
         "peak_bytes": memory,
         "gradient_bytes": gradient_bytes,
@@ -104,13 +109,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each case")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
 
-    machine = describe_machine() | {"bandwidth": measure_bandwidth()}
+    device = arguments.device
+    machine = describe_machine(device) | {"bandwidth": measure_bandwidth(device)}
     print_machine(machine)
     cases = [
-        measure(batch, layout, getattr(torch, dtype), arguments.seconds, machine["bandwidth"])
+        measure(batch, layout, getattr(torch, dtype), device, arguments.seconds, machine["bandwidth"])
         for dtype in arguments.dtypes
         for batch in arguments.batches
         for layout in LAYOUTS

@@ -300,20 +300,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--seconds", type=float, default=30.0, help="for the routes of each batch, and for their parts")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--images", type=int, default=64, help="in the training epoch")
     parser.add_argument("--workers", type=int, default=0, help="of the training's data loader")
     parser.add_argument("--rounds", type=int, default=3, help="of training epochs; 0 leaves them out")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw them, as a PNG")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = arguments.device
     warnings.filterwarnings("ignore")  # advice of Lightning and the exporters
     logging.disable(logging.WARNING)
 
-    machine = describe_machine()
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
+    machine = describe_machine(device)
     print_machine(machine)
     with tempfile.TemporaryDirectory() as folder:
         file = make_images(Path(folder) / "images", arguments.images)

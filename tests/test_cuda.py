@@ -8,6 +8,7 @@ Needs no anomalib: benchmarks/gpu_session.sh runs it on machines that have torch
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,32 @@ def test_another_stream_a_graph_and_the_operator():
     assert torch.equal(captured[0], after[0])
     assert not torch.equal(captured[0], expected[0])
     torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 128, 128))
+
+
+@on_gpu
+def test_first_call_of_a_process_is_captured():
+    """Then the module is loaded while a stream is captured."""
+    script = """
+import torch
+from anomalib_stfpm_ext import anomaly_map
+features = [torch.randn(2, 8, 4, 4, device="cuda") for _ in range(2)]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    amap, score = anomaly_map(features[:1], features[1:], (8, 8))
+graph.replay()
+assert torch.equal(amap, anomaly_map(features[:1], features[1:], (8, 8))[0])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+@on_gpu
+def test_many_images():
+    """Enough for clusters to fill a device, and some more; small ones, since sanitizers are slow."""
+    count = torch.cuda.get_device_properties(0).multi_processor_count // 4
+    teacher, student = features([(8, 4), (12, 8)], count + 3, (16, 24))
+    for batch in (1, count // 2, count, count + 3):
+        some = [[level[:batch] for level in side] for side in (teacher, student)]
+        check(anomaly_map(*some, (16, 24)), *some, (16, 24))
 
 
 @on_gpu
