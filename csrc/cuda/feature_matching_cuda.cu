@@ -137,18 +137,17 @@ __device__ void gradients_of_tile(const BackwardLaunch& launch, int64_t image, c
   const T* const student = channels_of<const T>(level.student, level, image, position);
   T* const gradients = channels_of<T>(target, level, image, position);
   constexpr int kChannels = kIsChannelsLast ? kVector : 1;  // of a load
-#pragma unroll 2
-  for (int64_t channel = slot * kChannels; channel < level.channels; channel += kSlots * kChannels) {
-    T t[kVector], s[kVector], g[kVector];
-    load<kVector>(teacher + channel * level.teacher.channel_stride, t);
-    load<kVector>(student + channel * level.student.channel_stride, s);
+  for_each_channel<kVector, kSlots * kChannels>(
+      teacher, level.teacher.channel_stride, student, level.student.channel_stride, slot * kChannels, level.channels,
+      [&](int64_t channel, const auto& t, const auto& s) {
+        T g[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      from_real(matching_gradient(factor[i % kPositions], projection[i % kPositions], to_real<Real>(t[i]),
-                                  to_real<Real>(s[i])),
-                g[i]);
-    store<kVector>(g, gradients + channel * target.channel_stride);
-  }
+        for (int i = 0; i < kVector; ++i)
+          from_real(matching_gradient(factor[i % kPositions], projection[i % kPositions], to_real<Real>(t[i]),
+                                      to_real<Real>(s[i])),
+                    g[i]);
+        store<kVector>(g, gradients + channel * target.channel_stride);
+      });
 }
 
 template <class T>

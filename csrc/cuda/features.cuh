@@ -60,6 +60,30 @@ __device__ void load(const T* source, T (&values)[kCount]) {
   }
 }
 
+/// Calls `use(channel, t, s)` with kVector features of both sides, for every kStep-th channel from `channel` on. Loads
+/// go in groups, each group ahead of its arithmetic: a loop that the compiler unrolls keeps its exits between the
+/// loads, and so only one channel in flight.
+template <int kVector, int kStep, class T, class Use>
+__device__ void for_each_channel(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride,
+                                 int64_t channel, int64_t channels, const Use& use) {
+  const auto group = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    T t[kSize][kVector], s[kSize][kVector];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      load<kVector>(teacher + (channel + i * kStep) * teacher_stride, t[i]);
+      load<kVector>(student + (channel + i * kStep) * student_stride, s[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) use(channel + i * kStep, t[i], s[i]);
+    channel += kSize * kStep;
+  };
+#pragma unroll 1
+  while (channel + 3 * kStep < channels) group(std::integral_constant<int, 4>());
+  if (channel + kStep < channels) group(std::integral_constant<int, 2>());
+  if (channel < channels) group(std::integral_constant<int, 1>());
+}
+
 /// The three dot products of one position.
 struct DotProducts {
   double teacher_teacher, student_student, teacher_student;
@@ -132,14 +156,11 @@ __device__ void dot_products_of_planes(const Level& level, int64_t image, int64_
   if (position < positions) {
     const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
     const T* const student = channels_of<const T>(level.student, level, image, position);
-#pragma unroll 4
-    for (int64_t channel = slot; channel < level.channels; channel += kSlots) {
-      T t[kVector], s[kVector];
-      load<kVector>(teacher + channel * level.teacher.channel_stride, t);
-      load<kVector>(student + channel * level.student.channel_stride, s);
+    for_each_channel<kVector, kSlots>(teacher, level.teacher.channel_stride, student, level.student.channel_stride,
+                                      slot, level.channels, [&](int64_t, const auto& t, const auto& s) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sums[i].add(to_double(t[i]), to_double(s[i]));
-    }
+                                        for (int i = 0; i < kVector; ++i) sums[i].add(to_double(t[i]), to_double(s[i]));
+                                      });
   }
   const int warp = threadIdx.x / kWarp;
 #pragma unroll
@@ -167,14 +188,12 @@ __device__ void dot_products_of_channels_last(const Level& level, int64_t image,
   if (inside) {
     const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
     const T* const student = channels_of<const T>(level.student, level, image, position);
-#pragma unroll 4
-    for (int64_t channel = lane * kVector; channel < level.channels; channel += kLineLanes * kVector) {
-      T t[kVector], s[kVector];
-      load<kVector>(teacher + channel, t);
-      load<kVector>(student + channel, s);
+    for_each_channel<kVector, kLineLanes * kVector>(teacher, 1, student, 1, lane * kVector, level.channels,
+                                                    [&](int64_t, const auto& t, const auto& s) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum.add(to_double(t[i]), to_double(s[i]));
-    }
+                                                      for (int i = 0; i < kVector; ++i)
+                                                        sum.add(to_double(t[i]), to_double(s[i]));
+                                                    });
   }
 #pragma unroll
   for (int lane_bit = kLineLanes / 2; lane_bit > 0; lane_bit /= 2) sum.add_lane(lane_bit);
