@@ -25,7 +25,7 @@ from anomalib_stfpm_ext.loss import formula
 FOLDER = Path(__file__).parent / "cuda_on_threads"
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 COMBINATIONS = ["product", "sum", "maximum"]
-SCHEMES = {"clusters": {"processors": 2, "ptx_version": 90}, "grid": {"processors": 2, "ptx_version": 80}}
+SCHEMES = {"clusters": {"processors": 1, "ptx_version": 90}, "grid": {"processors": 2, "ptx_version": 80}}
 
 
 class Features(ctypes.Structure):
@@ -107,6 +107,7 @@ def score(
     level_maps=False,
     device=0,
     processors=2,
+    blocks_per_processor=2,
     ptx_version=90,
     has_image=1,
 ):
@@ -128,7 +129,8 @@ def score(
     for index, output in enumerate(outputs):
         params.outputs[index] = output.data_ptr()
     address = ctypes.c_void_p(scratch.data_ptr())
-    call(library.anomaly_map_on_threads, params, address, device, processors, ptx_version, has_image)
+    made_up = (device, processors, blocks_per_processor, ptx_version, has_image)
+    call(library.anomaly_map_on_threads, params, address, *made_up)
     return outputs
 
 
@@ -150,7 +152,7 @@ def call(function, params, *arguments):
         raise RuntimeError(error.value.decode())
 
 
-def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, has_image=1):
+def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, blocks_per_processor=2, has_image=1):
     """Loss and gradients, as bindings.cpp calls them on CUDA."""
     batch, dtype = len(teacher[0]), str(teacher[0].dtype).removeprefix("torch.")
     options = {"dtype": torch.float64 if dtype == "float64" else torch.float32}
@@ -163,7 +165,7 @@ def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, ha
     targets = (Features * len(gradients))()
     for target, gradient in zip(targets, gradients, strict=True):
         fill(target, gradient)
-    made_up = (device, processors, has_image)
+    made_up = (device, processors, blocks_per_processor, has_image)
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (loss, partial_sums, upstream)]
     call(library.feature_matching_on_threads, params, *addresses[:2], *made_up)
     call(library.feature_matching_backward_on_threads, params, addresses[2], targets, *made_up)
@@ -300,6 +302,18 @@ def test_few_and_many_processors(library):
     for processors in (1, 7):
         outputs = score(library, teacher, student, (32, 32), processors=processors)
         assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+def test_fewer_blocks_at_once_than_the_launch_bounds_say(library):
+    """As on a device that is shared: the launch is tried with fewer, down to one; where none runs, that is an error."""
+    teacher, student = tensors(make_features([(8, 4)], 2, (32, 32)))
+    expected = score(library, teacher, student, (32, 32), ptx_version=80)
+    outputs = score(library, teacher, student, (32, 32), ptx_version=80, blocks_per_processor=1)
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+    check_match(match(library, teacher, student, blocks_per_processor=1), teacher, student)
+    for ptx_version in (80, 90):
+        with pytest.raises(RuntimeError, match="CUDA: launch: too many blocks in cooperative launch"):
+            score(library, teacher, student, (32, 32), ptx_version=ptx_version, blocks_per_processor=0)
 
 
 def test_errors(library):

@@ -226,6 +226,27 @@ auto kernel_for(const AnomalyMapParams& params) {
   return weighted ? anomaly_map_kernel<T, WeightedProduct> : anomaly_map_kernel<T, Product>;
 }
 
+cudaLaunchAttribute in_clusters() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = kClusterBlocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+/// Whether clusters, one for each image, fill the device up to the last of their waves.
+template <class Kernel>
+bool clusters_fill_the_device(Kernel* kernel, int64_t images) {
+  cudaLaunchAttribute attribute = in_clusters();
+  const cudaLaunchConfig_t config = launch_config(images * kClusterBlocks, nullptr, &attribute);
+  int at_once = 0;
+  if (cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();  // not for the next call to find
+    return false;
+  }
+  return at_once > 0 && images * 10 >= ceil_div(images, at_once) * at_once * 9;
+}
+
 template <class T>
 void enqueue(const AnomalyMapParams& params, void* scratch, int device, cudaStream_t stream) {
   Launch launch = prepare<T>(params, scratch);
@@ -235,7 +256,8 @@ void enqueue(const AnomalyMapParams& params, void* scratch, int device, cudaStre
   const cudaFuncAttributes code = attributes_of(kernel, device);
 
   // As docs/cuda.md reckons: a cluster for each image waits for nobody else, but must be many to fill the device.
-  launch.clusters = code.ptxVersion >= 90 && params.batch * kClusterBlocks >= processors;
+  launch.clusters = code.ptxVersion >= 90 && params.batch * kClusterBlocks >= processors &&
+                    clusters_fill_the_device(kernel, params.batch);
   int64_t blocks = params.batch * kClusterBlocks;
   if (!launch.clusters)
     blocks = std::min(
@@ -243,16 +265,8 @@ void enqueue(const AnomalyMapParams& params, void* scratch, int device, cudaStre
         kBlocksPerProcessor * processors);  // all of which run at once, by the launch bounds
   if (blocks > INT32_MAX) throw std::invalid_argument("teacher: wanted a batch of at most 268435455 on CUDA");
 
-  cudaLaunchAttribute attribute{};
-  if (launch.clusters) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kClusterBlocks;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  launch_kernel(kernel, launch, blocks, stream, &attribute);
+  cudaLaunchAttribute attribute = launch.clusters ? in_clusters() : cooperative();
+  launch_kernel(kernel, launch, launch_config(blocks, stream, &attribute));
 }
 
 }  // namespace

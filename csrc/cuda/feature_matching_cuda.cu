@@ -198,10 +198,8 @@ void enqueue_forward(const FeatureMatchingParams& params, void* loss, double* pa
   const int64_t processors = attribute_of(device, cudaDevAttrMultiProcessorCount);
   const int64_t blocks = std::min({params.batch * launch.tiling.tiles_per_image, kBlocksPerProcessor * processors,
                                    int64_t{kMostPartialSums}});  // all of which run at once, by the launch bounds
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  launch_kernel(feature_matching_kernel<T>, launch, blocks, stream, &attribute);
+  cudaLaunchAttribute attribute = cooperative();
+  launch_kernel(feature_matching_kernel<T>, launch, launch_config(blocks, stream, &attribute));
 }
 
 template <class T>
@@ -213,7 +211,7 @@ void enqueue_backward(const FeatureMatchingParams& params, const void* upstream,
   std::copy(gradients, gradients + params.num_levels, launch.gradients);
   attributes_of(feature_matching_backward_kernel<T>, device);
   const int64_t blocks = std::min<int64_t>(params.batch * launch.tiling.tiles_per_image, INT32_MAX);
-  launch_kernel(feature_matching_backward_kernel<T>, launch, blocks, stream, nullptr);
+  launch_kernel(feature_matching_backward_kernel<T>, launch, launch_config(blocks, stream, nullptr));
 }
 
 }  // namespace

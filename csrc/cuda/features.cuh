@@ -246,9 +246,24 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
+/// Lets this thread ask about devices and kernels while a stream is captured, which may initialise the one and load the
+/// other. Launches are captured all the same.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { exchange(); }
+  ~RelaxedCapture() { exchange(); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  void exchange() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 /// Calls `use` with an element of the features' type, the device being the current one.
 template <class Use>
 void with_type_on(int device, DType dtype, const Use& use) {
+  const RelaxedCapture relaxed;
   const DeviceGuard guard(device);
   switch (dtype) {
     case DType::kFloat32:
@@ -319,17 +334,35 @@ cudaFuncAttributes attributes_of(Kernel* kernel, int device) {
   return code;
 }
 
-/// Enqueues a kernel; `attribute` may be null.
-template <class Kernel, class Launch>
-void launch_kernel(Kernel* kernel, const Launch& launch, int64_t blocks, cudaStream_t stream,
-                   cudaLaunchAttribute* attribute) {
+cudaLaunchAttribute cooperative() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  return attribute;
+}
+
+/// `attribute` may be null.
+cudaLaunchConfig_t launch_config(int64_t blocks, cudaStream_t stream, cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = attribute;
   config.numAttrs = attribute != nullptr ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, launch), "launch");
+  return config;
+}
+
+/// Enqueues a kernel. A cooperative one gets fewer blocks where they cannot all run at once, as when the device is
+/// shared and lends a process a part of its multiprocessors.
+template <class Kernel, class Launch>
+void launch_kernel(Kernel* kernel, const Launch& launch, cudaLaunchConfig_t config) {
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, launch);
+  while (error == cudaErrorCooperativeLaunchTooLarge && config.gridDim.x > 1) {
+    cudaGetLastError();  // not for the next call to find
+    config.gridDim.x /= 2;
+    error = cudaLaunchKernelEx(&config, kernel, launch);
+  }
+  check(error, "launch");
 }
 
 }  // namespace

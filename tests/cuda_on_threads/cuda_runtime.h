@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -33,6 +34,12 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+
 namespace cuda_on_threads {
 
 constexpr unsigned kWarp = 32;
@@ -40,9 +47,11 @@ constexpr unsigned kWarp = 32;
 /// What the tests pretend to run on.
 struct Device {
   int processors = 2;
+  int blocks_per_processor = 2;  // that run at once
   int ptx_version = 90;
   bool has_image = true;
   int current = 0;
+  cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 };
 inline Device device;
 
@@ -138,7 +147,8 @@ enum cudaError_t {
   cudaErrorInvalidDevice,
   cudaErrorInvalidDeviceFunction,
   cudaErrorNoKernelImageForDevice,
-  cudaErrorCooperativeLaunchTooLarge
+  cudaErrorCooperativeLaunchTooLarge,
+  cudaErrorStreamCaptureUnsupported
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -166,12 +176,17 @@ struct cudaFuncAttributes {
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  static const char* const texts[] = {"no error",        "invalid value",
-                                      "invalid device",  "invalid device function",
-                                      "no kernel image", "too many blocks in cooperative launch"};
+  static const char* const texts[] = {"no error",          "invalid value",
+                                      "invalid device",    "invalid device function",
+                                      "no kernel image",   "too many blocks in cooperative launch",
+                                      "stream is captured"};
   return texts[error];
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, cuda_on_threads::device.capture_mode);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_threads::device.current;
   return cudaSuccess;
@@ -190,8 +205,17 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  attributes->ptxVersion = cuda_on_threads::device.ptx_version;
-  return cuda_on_threads::device.has_image ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+  const auto& device = cuda_on_threads::device;
+  attributes->ptxVersion = device.ptx_version;
+  if (device.capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+  return device.has_image ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
+/// One for each multiprocessor; none, and an error, where no block runs.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
+  *clusters = cuda_on_threads::device.processors;
+  return cuda_on_threads::device.blocks_per_processor == 0 ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
@@ -208,7 +232,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   if (blocks == 0 || threads % kWarp != 0 || (cluster != 0 && blocks % cluster != 0)) return cudaErrorInvalidValue;
   if (cluster != 0 && device.ptx_version < 90) return cudaErrorInvalidValue;
-  if (cooperative && blocks > 2u * static_cast<unsigned>(device.processors)) return cudaErrorCooperativeLaunchTooLarge;
+  if (cooperative && blocks > static_cast<unsigned>(device.processors * device.blocks_per_processor))
+    return cudaErrorCooperativeLaunchTooLarge;
   const unsigned at_once = cooperative ? blocks : cluster != 0 ? cluster : 1;
   for (unsigned first = 0; first < blocks; first += at_once) {
     Barrier all(at_once * threads);
