@@ -79,9 +79,9 @@ STFPM_EXT_HOST_DEVICE Real matching_gradient(Real factor, Real projection, Real 
 }
 
 /// The two neighbours of an output pixel along one axis of a level, and their weights.
-template <class Real>
+template <class Real, class Index>
 struct Interpolation {
-  int64_t low, high;
+  Index low, high;
   Real low_weight, high_weight;
 };
 
@@ -91,14 +91,14 @@ STFPM_EXT_HOST_DEVICE double interpolation_scale(int64_t input_size, int64_t out
 }
 
 /// Source of output pixel `index` along an axis of `input_size` samples.
-template <class Real>
-STFPM_EXT_HOST_DEVICE Interpolation<Real> interpolation(int64_t index, int64_t input_size, double scale) {
+template <class Real, class Index>
+STFPM_EXT_HOST_DEVICE Interpolation<Real, Index> interpolation(Index index, Index input_size, double scale) {
   if (scale == 1.0) return {index, index, Real(1), Real(0)};
   double source = (static_cast<double>(index) + 0.5) * scale - 0.5;
   if (source < 0.0) source = 0.0;
-  int64_t low = static_cast<int64_t>(source);
+  Index low = static_cast<Index>(source);
   if (low > input_size - 1) low = input_size - 1;
-  const int64_t high = low < input_size - 1 ? low + 1 : low;
+  const Index high = low < input_size - 1 ? low + 1 : low;
   const Real high_weight = static_cast<Real>(source - static_cast<double>(low));
   return {low, high, Real(1) - high_weight, high_weight};
 }

@@ -327,6 +327,28 @@ def test_errors(library):
     assert [tuple(output.shape) for output in score(library, empty, empty, (8, 8))] == [(0, 1, 8, 8), (0,)]
 
 
+def test_more_than_indices_reach(library):
+    """Refused before anything is read or written."""
+    made_up, vast = (0, 2, 2, 90, 1), (1 << 15, (1 << 15) + 1)
+    many, large = torch.zeros(1).expand(1 << 25, 1, 8, 8), torch.zeros(1).expand(1, 1, *vast)
+    area = r": wanted height x width of at most 1073741824 on CUDA, got 32768 x 32769"
+    for level, size, combine_size, error in (
+        (large, (8, 8), (8, 8), r"teacher\[0\]" + area),
+        (large[..., :8, :8], vast, (8, 8), "image_size" + area),
+        (large[..., :8, :8], (8, 8), vast, "combine_size" + area),
+        (many, (64, 8), (8, 8), "teacher: wanted a batch of at most 16777216 on CUDA, got 33554432"),
+    ):
+        params = Params(0, 0, 1, batch=len(level))
+        params.size[:], params.combine_size[:] = size, combine_size
+        fill_levels(params, [level], [level])
+        with pytest.raises(RuntimeError, match=error):
+            call(library.anomaly_map_on_threads, params, None, *made_up)
+    params = MatchingParams(0, 1, batch=1)
+    fill_levels(params, [large], [large])
+    with pytest.raises(RuntimeError, match=r"teacher\[0\]" + area):
+        call(library.feature_matching_on_threads, params, None, None, *made_up[:3], 1)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_and_gradients(library, dtype, layout):

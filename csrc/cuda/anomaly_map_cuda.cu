@@ -8,7 +8,6 @@
 // Every sum has one order and the score is a maximum, so the result is the same to the bit from run to run.
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "../anomaly_map.h"
 #include "features.cuh"
@@ -17,39 +16,51 @@ namespace stfpm_ext {
 namespace {
 
 constexpr int kClusterBlocks = 8;  // the most that every GPU with clusters has
-constexpr int kRows = 4;           // of the map, that a thread computes at a time
+constexpr int kRows = 16;          // the most of a map that a thread computes at a time
+
+/// A level's distances, or what the first step combined, [B, height, width].
+struct LevelMap {
+  void* data;
+  int64_t image_bytes;
+  int height, width;
+  double row_scale, column_scale, weight;
+};
 
 /// One step from maps of the levels to pixels of one map.
 struct PixelStep {
-  AnomalyMapParams params;
-  void* levels[kMaxLevels];               // their maps, [B, height, width] each
-  int64_t column_units, units_per_image;  // of pixels
-  double row_scale[kMaxLevels], column_scale[kMaxLevels];
+  int num_levels;
+  LevelMap levels[kMaxLevels];
+  void* map;         // [B, height, width]
+  void* level_maps;  // [B, num_levels, height, width], or null
+  int height, width;
+  int unit_rows, column_units, units_per_image;  // a unit is so many rows of kThreads columns of the map
 };
 
 /// What one launch needs.
 struct Launch {
+  AnomalyMapParams params;
   Tiling tiling;
   PixelStep steps[2];  // the first reads the distances, the last writes the map
   int num_steps;
   bool clusters;  // a cluster of blocks for each image; otherwise all blocks for all images
 };
 
+/// In bytes, for the compiler would add an offset in elements to every index instead of once to the address.
 template <class Real>
-__device__ Real* level_of(const PixelStep& step, int index, int64_t image) {
-  const Level& level = step.params.levels[index];
-  return static_cast<Real*>(step.levels[index]) + image * level.height * level.width;
+__device__ Real* map_of(const LevelMap& level, int image) {
+  return reinterpret_cast<Real*>(static_cast<char*>(level.data) + image * level.image_bytes);
 }
 
 /// The blocks that meet at a barrier, and the images that are theirs.
 struct Team {
-  int64_t rank, size;
-  int64_t first_image, images;
+  int rank, size;
+  int first_image, images;
 };
 
 __device__ Team team_of(const Launch& launch) {
-  if (launch.clusters) return {blockIdx.x % kClusterBlocks, kClusterBlocks, blockIdx.x / kClusterBlocks, 1};
-  return {blockIdx.x, gridDim.x, 0, launch.steps[0].params.batch};
+  const int block = blockIdx.x, blocks = gridDim.x;
+  if (launch.clusters) return {block % kClusterBlocks, kClusterBlocks, block / kClusterBlocks, 1};
+  return {block, blocks, 0, static_cast<int>(launch.params.batch)};
 }
 
 __device__ void team_barrier(const Launch& launch) {
@@ -59,21 +70,23 @@ __device__ void team_barrier(const Launch& launch) {
   cooperative_groups::this_grid().sync();
 }
 
+/// Two rows of a level, by the offsets of their first samples, and their weights in a row of the map.
+template <class Real>
+using Rows = Interpolation<Real, int>;
+
 template <class Real>
 struct Shared {
   union {
-    PartialDotProducts partial;                   // while distances are computed
-    Interpolation<Real> rows[kMaxLevels][kRows];  // while pixels are
+    PartialDotProducts partial;                      // while distances are computed
+    alignas(16) Rows<Real> rows[kMaxLevels][kRows];  // while pixels are
   };
 };
 
 template <class T, class Real>
-__device__ void distances_of_tile(const Launch& launch, int64_t image, int64_t index, Shared<Real>& shared) {
-  const AnomalyMapParams& params = launch.steps[0].params;
-  const Tile tile = tile_of(launch.tiling, params.num_levels, index);
-  Real* const distances = level_of<Real>(launch.steps[0], tile.level, image);
+__device__ void distances_of_tile(const Launch& launch, const Tile& tile, Shared<Real>& shared) {
+  Real* const distances = map_of<Real>(launch.steps[0].levels[tile.level], tile.image);
   dot_products_of_tile<T>(
-      launch.tiling, params.levels, image, tile, shared.partial, [&](int64_t position, const DotProducts& sum) {
+      launch.tiling, launch.params.levels, tile, shared.partial, [&](int position, const DotProducts& sum) {
         distances[position] =
             static_cast<Real>(half_squared_distance(sum.teacher_teacher, sum.student_student, sum.teacher_student));
       });
@@ -88,95 +101,103 @@ __device__ unsigned long long ordered_bits(double value) {
                         : static_cast<unsigned long long>(__double_as_longlong(value)) & 0x7fffffffffffffffull;
 }
 
-/// One pixel of each of kRows rows of the map: a thread for each column. Returns their maximum, as ordered bits.
-template <class Combine, class Real>
-__device__ auto map_of_column(const PixelStep& step, int64_t image, int64_t first_row, int64_t column,
+/// A pixel of each of `rows` rows of the map: a thread for each column. Returns their maximum, as ordered bits.
+template <class Combine, bool kKeepsLevels, class Real>
+__device__ auto map_of_column(const PixelStep& step, int image, int first_row, int rows, int column,
                               const Shared<Real>& shared) {
-  const AnomalyMapParams& params = step.params;
-  const int64_t pixels = params.height * params.width;
+  const int pixels = step.height * step.width, first_pixel = first_row * step.width + column;
   Real combined[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) combined[i] = Combine::identity;
-  for (int index = 0; index < params.num_levels; ++index) {
-    const Level& level = params.levels[index];
-    const Real* const level_map = level_of<Real>(step, index, image);
-    const auto x = interpolation<Real>(column, level.width, step.column_scale[index]);
-    const auto stretched = [&](int64_t row) {
-      const Real* const samples = level_map + row * level.width;
-      return x.low_weight * samples[x.low] + x.high_weight * samples[x.high];
+#pragma unroll 1
+  for (int index = 0; index < step.num_levels; ++index) {
+    const LevelMap& level = step.levels[index];
+    const Real* const samples = map_of<Real>(level, image);
+    const auto x = interpolation<Real>(column, level.width, level.column_scale);
+    const auto stretched = [&](int offset) {
+      return x.low_weight * samples[offset + x.low] + x.high_weight * samples[offset + x.high];
     };
-    Combine combine{level.weight};
-    int64_t low_row = -1, high_row = -1;
+    const int64_t first_of_level = (int64_t{image} * step.num_levels + index) * pixels + first_pixel;
+    const Combine combine{level.weight};
+    int row = -1;
     Real low = 0, high = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (first_row + i < params.height) {
-        const Interpolation<Real>& y = shared.rows[index][i];
-        if (y.low != low_row) low = y.low == high_row ? high : stretched(y.low);
-        low_row = y.low;
-        if (y.high != high_row) high = y.high == low_row ? low : stretched(y.high);
-        high_row = y.high;
-        const Real pixel = y.low_weight * low + y.high_weight * high;
-        combined[i] = combine(combined[i], pixel);
-        if (params.level_maps != nullptr)
-          static_cast<Real*>(params.level_maps)[(image * params.num_levels + index) * pixels +
-                                                (first_row + i) * params.width + column] = pixel;
+      if (i == rows) break;
+      const Rows<Real> y = shared.rows[index][i];
+      if (y.low != row) {  // in all threads of the block or none
+        row = y.low;
+        low = stretched(y.low);
+        high = stretched(y.high);
       }
+      const Real pixel = y.low_weight * low + y.high_weight * high;
+      combined[i] = combine(combined[i], pixel);
+      if constexpr (kKeepsLevels) static_cast<Real*>(step.level_maps)[first_of_level + i * step.width] = pixel;
     }
   }
+  Real* const map = static_cast<Real*>(step.map) + int64_t{image} * pixels + first_pixel;
   auto maximum = ordered_bits(Real(0));
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (first_row + i < params.height) {
-      static_cast<Real*>(params.map)[image * pixels + (first_row + i) * params.width + column] = combined[i];
-      const auto bits = ordered_bits(combined[i]);
-      maximum = bits > maximum ? bits : maximum;
-    }
+    if (i == rows) break;
+    map[i * step.width] = combined[i];
+    const auto bits = ordered_bits(combined[i]);
+    maximum = bits > maximum ? bits : maximum;
   }
   return maximum;
 }
 
-/// A unit of pixels, kRows rows of kThreads columns of one image, and in the last step its part in the image's score.
+/// A unit of one image's pixels, and where `score` is not null its part in the image's.
 template <class Combine, class Real>
-__device__ void map_of_unit(const PixelStep& step, bool last, int64_t image, int64_t unit, Shared<Real>& shared) {
+__device__ void map_of_unit(const PixelStep& step, int image, int unit, Real* score, Shared<Real>& shared) {
   using Bits = decltype(ordered_bits(Real(0)));
-  const AnomalyMapParams& params = step.params;
-  const int64_t first_row = unit / step.column_units * kRows;
-  const int64_t column = unit % step.column_units * kThreads + threadIdx.x;
+  const int first_row = unit / step.column_units * step.unit_rows;
+  const int rows = min(step.unit_rows, step.height - first_row);
+  const int column = unit % step.column_units * kThreads + static_cast<int>(threadIdx.x);
   __syncthreads();
-  for (int i = threadIdx.x; i < params.num_levels * kRows; i += kThreads) {
-    const int index = i / kRows, row = i % kRows;
-    shared.rows[index][row] = interpolation<Real>(first_row + row, params.levels[index].height, step.row_scale[index]);
+  for (int i = threadIdx.x; i < step.num_levels * kRows; i += kThreads) {
+    const LevelMap& level = step.levels[i / kRows];
+    Rows<Real> y = interpolation<Real>(first_row + i % kRows, level.height, level.row_scale);
+    y.low *= level.width;
+    y.high *= level.width;
+    shared.rows[i / kRows][i % kRows] = y;
   }
   __syncthreads();
-  Bits maximum = column < params.width ? map_of_column<Combine>(step, image, first_row, column, shared) : 0;
-  if (!last) return;
+  Bits maximum = 0;
+  if (column < step.width)
+    maximum = step.level_maps == nullptr ? map_of_column<Combine, false>(step, image, first_row, rows, column, shared)
+                                         : map_of_column<Combine, true>(step, image, first_row, rows, column, shared);
+  if (score == nullptr) return;
 #pragma unroll
   for (int lane_bit = kWarp / 2; lane_bit > 0; lane_bit /= 2) {
     const Bits other = __shfl_xor_sync(0xffffffffu, maximum, lane_bit);
     maximum = other > maximum ? other : maximum;
   }
-  if (threadIdx.x % kWarp == 0) atomicMax(static_cast<Bits*>(params.score) + image, maximum);
+  if (threadIdx.x % kWarp == 0) atomicMax(reinterpret_cast<Bits*>(score) + image, maximum);
 }
 
 template <class T, class Combine>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     anomaly_map_kernel(const __grid_constant__ Launch launch) {
-  STFPM_EXT_SHARED(Shared<RealOf<T>>, shared);
+  using Real = RealOf<T>;
+  STFPM_EXT_SHARED(Shared<Real>, shared);
   const Team team = team_of(launch);
+  Real* const scores = static_cast<Real*>(launch.params.score);
   if (team.rank == 0)
-    for (int64_t i = threadIdx.x; i < team.images; i += kThreads)
-      static_cast<RealOf<T>*>(launch.steps[0].params.score)[team.first_image + i] = 0;
-  for (int64_t i = team.rank; i < team.images * launch.tiling.tiles_per_image; i += team.size)
-    distances_of_tile<T>(launch, team.first_image + i / launch.tiling.tiles_per_image,
-                         i % launch.tiling.tiles_per_image, shared);
+    for (int i = threadIdx.x; i < team.images; i += kThreads) scores[team.first_image + i] = 0;
+  for (int i = team.rank; i < team.images * launch.tiling.tiles_per_image; i += team.size) {
+    Tile tile = tile_of(launch.tiling, launch.params.num_levels, team.images, i);
+    tile.image += team.first_image;
+    distances_of_tile<T>(launch, tile, shared);
+  }
 #pragma unroll 1
   for (int index = 0; index < launch.num_steps; ++index) {
     const PixelStep& step = launch.steps[index];
+    const bool last = index == launch.num_steps - 1;
     team_barrier(launch);
-    for (int64_t i = team.rank; i < team.images * step.units_per_image; i += team.size)
-      map_of_unit<Combine>(step, index == launch.num_steps - 1, team.first_image + i / step.units_per_image,
-                           i % step.units_per_image, shared);
+    for (int i = team.rank; i < team.images * step.units_per_image; i += team.size)
+      map_of_unit<Combine>(step, team.first_image + i / step.units_per_image, i % step.units_per_image,
+                           last ? scores : nullptr, shared);
   }
 }
 
@@ -186,22 +207,41 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 template <class Real>
 PixelStep pixel_step(const AnomalyMapParams& params, Real* maps) {
   PixelStep step{};
-  step.params = params;
+  step.num_levels = params.num_levels;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
-    step.levels[index] = maps;
+    step.levels[index] = {maps,
+                          level.height * level.width * static_cast<int64_t>(sizeof(Real)),
+                          static_cast<int>(level.height),
+                          static_cast<int>(level.width),
+                          interpolation_scale(level.height, params.height),
+                          interpolation_scale(level.width, params.width),
+                          level.weight};
     maps += params.batch * level.height * level.width;
-    step.row_scale[index] = interpolation_scale(level.height, params.height);
-    step.column_scale[index] = interpolation_scale(level.width, params.width);
   }
-  step.column_units = ceil_div(params.width, kThreads);
-  step.units_per_image = ceil_div(params.height, kRows) * step.column_units;
+  step.map = params.map;
+  step.level_maps = params.level_maps;
+  step.height = static_cast<int>(params.height);
+  step.width = static_cast<int>(params.width);
+  step.column_units = static_cast<int>(ceil_div(params.width, kThreads));
   return step;
+}
+
+/// Cuts a step into units for `images` images and `blocks` blocks: as few rounds as rows per thread allow, all of them
+/// full.
+void cut_into_units(PixelStep& step, int64_t images, int64_t blocks) {
+  const int64_t rows = images * step.height * step.column_units;
+  const int64_t rounds = ceil_div(rows, blocks * kRows);
+  step.unit_rows = static_cast<int>(ceil_div(rows, blocks * rounds));
+  step.units_per_image = static_cast<int>(ceil_div(step.height, step.unit_rows)) * step.column_units;
 }
 
 template <class T>
 Launch prepare(const AnomalyMapParams& params, void* scratch) {
+  check_area("image_size", params.height, params.width);
+  check_area("combine_size", params.combine_height, params.combine_width);
   Launch launch{};
+  launch.params = params;
   for (int index = 0; index < params.num_levels; ++index) {
     const Level& level = params.levels[index];
     add_level<T>(launch.tiling, index, level, params.batch, layout_of<T>(level, params.batch));
@@ -252,19 +292,23 @@ void enqueue(const AnomalyMapParams& params, void* scratch, int device, cudaStre
   Launch launch = prepare<T>(params, scratch);
   const auto kernel = kernel_for<T>(params);
   const int64_t processors = attribute_of(device, cudaDevAttrMultiProcessorCount);
-
   const cudaFuncAttributes code = attributes_of(kernel, device);
+
+  int64_t work = std::max(launch.tiling.tiles_per_image, kClusterBlocks);  // of an image
+  for (const PixelStep& step : launch.steps) work = std::max<int64_t>(work, int64_t{step.height} * step.column_units);
+  check_batch(params.batch, work);
 
   // As docs/cuda.md reckons: a cluster for each image waits for nobody else, but must be many to fill the device.
   launch.clusters = code.ptxVersion >= 90 && params.batch * kClusterBlocks >= processors &&
                     clusters_fill_the_device(kernel, params.batch);
-  int64_t blocks = params.batch * kClusterBlocks;
-  if (!launch.clusters)
-    blocks = std::min(
-        params.batch * std::max(launch.tiling.tiles_per_image, launch.steps[launch.num_steps - 1].units_per_image),
-        kBlocksPerProcessor * processors);  // all of which run at once, by the launch bounds
-  if (blocks > INT32_MAX) throw std::invalid_argument("teacher: wanted a batch of at most 268435455 on CUDA");
-
+  const int64_t blocks =
+      launch.clusters ? params.batch * kClusterBlocks : std::min(params.batch * work, kBlocksPerProcessor * processors);
+  for (int index = 0; index < launch.num_steps; ++index) {
+    if (launch.clusters)
+      cut_into_units(launch.steps[index], 1, kClusterBlocks);
+    else
+      cut_into_units(launch.steps[index], params.batch, blocks);
+  }
   cudaLaunchAttribute attribute = launch.clusters ? in_clusters() : cooperative();
   launch_kernel(kernel, launch, launch_config(blocks, stream, &attribute));
 }

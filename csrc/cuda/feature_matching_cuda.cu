@@ -28,11 +28,12 @@ struct BackwardLaunch : MatchingLaunch {
   MutableFeatures gradients[kMaxLevels];
 };
 
-/// An image's factors at a level; its projections are `tiling.positions` further on.
+/// The factors of a tile's image at its level; the projections are `tiling.positions` further on.
 template <class Real>
-__device__ Real* factors_of(const MatchingLaunch& launch, int level, int64_t image) {
-  return static_cast<Real*>(launch.params.scalars) + launch.tiling.offset[level] +
-         image * launch.params.levels[level].height * launch.params.levels[level].width;
+__device__ Real* factors_of(const MatchingLaunch& launch, const Tile& tile) {
+  const Level& level = launch.params.levels[tile.level];
+  return static_cast<Real*>(launch.params.scalars) + launch.tiling.offset[tile.level] +
+         tile.image * level.height * level.width;
 }
 
 union MatchingShared {
@@ -59,12 +60,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   STFPM_EXT_SHARED(MatchingShared, shared);
   const Tiling& tiling = launch.tiling;
   double sum = 0;
-  for (int64_t i = blockIdx.x; i < launch.params.batch * tiling.tiles_per_image; i += gridDim.x) {
-    const int64_t image = i / tiling.tiles_per_image;
-    const Tile tile = tile_of(tiling, launch.params.num_levels, i % tiling.tiles_per_image);
-    Real* const factors = factors_of<Real>(launch, tile.level, image);
+  const int images = static_cast<int>(launch.params.batch);
+  for (int i = blockIdx.x; i < images * tiling.tiles_per_image; i += gridDim.x) {
+    const Tile tile = tile_of(tiling, launch.params.num_levels, images, i);
+    Real* const factors = factors_of<Real>(launch, tile);
     dot_products_of_tile<T>(
-        tiling, launch.params.levels, image, tile, shared.partial, [&](int64_t position, const DotProducts& products) {
+        tiling, launch.params.levels, tile, shared.partial, [&](int position, const DotProducts& products) {
           const Matching one = matching(products.teacher_teacher, products.student_student, products.teacher_student);
           factors[position] = static_cast<Real>(one.factor);
           factors[position + tiling.positions] = static_cast<Real>(one.projection);
@@ -112,7 +113,7 @@ __device__ void store(const T (&values)[kCount], T* target) {
 /// The gradients of a tile, by the same threads as forward: one of `kLanes` positions or vectors of them, or one of
 /// `kLanes` vectors of channels of a position (kChannelsLast).
 template <int kVector, bool kIsChannelsLast, class T>
-__device__ void gradients_of_tile(const BackwardLaunch& launch, int64_t image, const Tile& tile) {
+__device__ void gradients_of_tile(const BackwardLaunch& launch, const Tile& tile) {
   using Real = RealOf<T>;
   constexpr int kTile = kIsChannelsLast ? kChannelsLastTile : kPlaneTile<kVector>;
   constexpr int kPositions = kIsChannelsLast ? 1 : kVector;  // of a thread
@@ -121,21 +122,21 @@ __device__ void gradients_of_tile(const BackwardLaunch& launch, int64_t image, c
   const MutableFeatures& target = launch.gradients[tile.level];
   const int lane = kIsChannelsLast ? threadIdx.x / kSlots : threadIdx.x % kLanes;
   const int slot = kIsChannelsLast ? threadIdx.x % kSlots : threadIdx.x / kLanes;
-  const int64_t position = tile.index * kTile + lane * kPositions;
+  const int position = tile.index * kTile + lane * kPositions;
   if (position >= level.height * level.width) return;
 
   const Real scale =
       static_cast<Real>(static_cast<double>(*static_cast<const Real*>(launch.upstream)) * launch.share[tile.level]);
-  const Real* const factors = factors_of<Real>(launch, tile.level, image) + position;
+  const Real* const factors = factors_of<Real>(launch, tile) + position;
   Real factor[kPositions], projection[kPositions];
 #pragma unroll
   for (int i = 0; i < kPositions; ++i) {
     factor[i] = factors[i] * scale;
     projection[i] = factors[i + launch.tiling.positions];
   }
-  const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
-  const T* const student = channels_of<const T>(level.student, level, image, position);
-  T* const gradients = channels_of<T>(target, level, image, position);
+  const T* const teacher = channels_of<const T>(level.teacher, level, tile.image, position);
+  const T* const student = channels_of<const T>(level.student, level, tile.image, position);
+  T* const gradients = channels_of<T>(target, level, tile.image, position);
   constexpr int kChannels = kIsChannelsLast ? kVector : 1;  // of a load
   for_each_channel<kVector, kSlots * kChannels>(
       teacher, level.teacher.channel_stride, student, level.student.channel_stride, slot * kChannels, level.channels,
@@ -155,18 +156,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     feature_matching_backward_kernel(const __grid_constant__ BackwardLaunch launch) {
   constexpr int kVector = sizeof(uint4) / sizeof(T);
   const Tiling& tiling = launch.tiling;
-  for (int64_t i = blockIdx.x; i < launch.params.batch * tiling.tiles_per_image; i += gridDim.x) {
-    const int64_t image = i / tiling.tiles_per_image;
-    const Tile tile = tile_of(tiling, launch.params.num_levels, i % tiling.tiles_per_image);
+  const int images = static_cast<int>(launch.params.batch);
+  for (int i = blockIdx.x; i < images * tiling.tiles_per_image; i += gridDim.x) {
+    const Tile tile = tile_of(tiling, launch.params.num_levels, images, i);
     switch (tiling.layout[tile.level]) {
       case Layout::kPlanes:
-        gradients_of_tile<kVector, false, T>(launch, image, tile);
+        gradients_of_tile<kVector, false, T>(launch, tile);
         break;
       case Layout::kChannelsLast:
-        gradients_of_tile<kVector, true, T>(launch, image, tile);
+        gradients_of_tile<kVector, true, T>(launch, tile);
         break;
       case Layout::kStrided:
-        gradients_of_tile<1, false, T>(launch, image, tile);
+        gradients_of_tile<1, false, T>(launch, tile);
         break;
     }
   }
@@ -185,6 +186,7 @@ void prepare(MatchingLaunch& launch, const FeatureMatchingParams& params, const 
     add_level<T>(launch.tiling, index, level, params.batch, layout);
     launch.share[index] = 1.0 / static_cast<double>(params.batch * level.height * level.width);
   }
+  check_batch(params.batch, launch.tiling.tiles_per_image);
 }
 
 template <class T>
@@ -210,7 +212,7 @@ void enqueue_backward(const FeatureMatchingParams& params, const void* upstream,
   launch.upstream = upstream;
   std::copy(gradients, gradients + params.num_levels, launch.gradients);
   attributes_of(feature_matching_backward_kernel<T>, device);
-  const int64_t blocks = std::min<int64_t>(params.batch * launch.tiling.tiles_per_image, INT32_MAX);
+  const int64_t blocks = params.batch * launch.tiling.tiles_per_image;
   launch_kernel(feature_matching_backward_kernel<T>, launch, launch_config(blocks, stream, nullptr));
 }
 

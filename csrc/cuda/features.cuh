@@ -117,28 +117,28 @@ using PartialDotProducts = DotProducts[kWarps][kMostPositions];
 /// How the positions of all levels are cut into tiles, and how each level is read.
 struct Tiling {
   Layout layout[kMaxLevels];
-  int64_t tiles[kMaxLevels];  // of one image at each level
-  int64_t tiles_per_image;
+  int tiles[kMaxLevels];  // of one image at each level
+  int tiles_per_image;
   int64_t positions;           // of all levels and images
   int64_t offset[kMaxLevels];  // of each level's positions [B, H, W] in memory that holds those of all
 };
 
 struct Tile {
-  int level;
-  int64_t index;
+  int level, image, index;
 };
 
-/// Tile `index` of an image.
-__device__ Tile tile_of(const Tiling& tiling, int num_levels, int64_t index) {
-  int level = num_levels - 1;  // the coarse levels first: theirs are the largest tiles
-  for (; index >= tiling.tiles[level]; --level) index -= tiling.tiles[level];
-  return {level, index};
+/// Tile `index` of those of `images` images. The coarse levels come first: theirs are the largest, and blocks that take
+/// turns end together when the last tiles are small.
+__device__ Tile tile_of(const Tiling& tiling, int num_levels, int images, int index) {
+  int level = num_levels - 1;
+  for (; index >= tiling.tiles[level] * images; --level) index -= tiling.tiles[level] * images;
+  return {level, index / tiling.tiles[level], index % tiling.tiles[level]};
 }
 
 /// Where the channels of a position begin.
 template <class T, class AnyFeatures>
-__device__ T* channels_of(const AnyFeatures& features, const Level& level, int64_t image, int64_t position) {
-  const int64_t row = position / level.width, column = position % level.width;
+__device__ T* channels_of(const AnyFeatures& features, const Level& level, int64_t image, int position) {
+  const int width = static_cast<int>(level.width), row = position / width, column = position % width;
   return static_cast<T*>(features.data) + image * features.batch_stride + row * features.row_stride +
          column * features.column_stride;
 }
@@ -147,20 +147,21 @@ __device__ T* channels_of(const AnyFeatures& features, const Level& level, int64
 /// threads other channels, whose sums meet first in the warp and then in shared memory. One thread calls
 /// `use(position, sum)` for each position.
 template <int kVector, class T, class Use>
-__device__ void dot_products_of_planes(const Level& level, int64_t image, int64_t first, PartialDotProducts& partial,
+__device__ void dot_products_of_planes(const Level& level, int64_t image, int first, PartialDotProducts& partial,
                                        const Use& use) {
   constexpr int kTile = kPlaneTile<kVector>, kLanes = kTile / kVector, kSlots = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes, slot = threadIdx.x / kLanes;
-  const int64_t positions = level.height * level.width, position = first + lane * kVector;
+  const int positions = static_cast<int>(level.height * level.width), position = first + lane * kVector;
   DotProducts sums[kVector] = {};
   if (position < positions) {
     const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
     const T* const student = channels_of<const T>(level.student, level, image, position);
-    for_each_channel<kVector, kSlots>(teacher, level.teacher.channel_stride, student, level.student.channel_stride,
-                                      slot, level.channels, [&](int64_t, const auto& t, const auto& s) {
+    const auto add = [&](int64_t, const auto& t, const auto& s) {
 #pragma unroll
-                                        for (int i = 0; i < kVector; ++i) sums[i].add(to_double(t[i]), to_double(s[i]));
-                                      });
+      for (int i = 0; i < kVector; ++i) sums[i].add(to_double(t[i]), to_double(s[i]));
+    };
+    for_each_channel<kVector, kSlots>(teacher, level.teacher.channel_stride, student, level.student.channel_stride,
+                                      slot, level.channels, add);
   }
   const int warp = threadIdx.x / kWarp;
 #pragma unroll
@@ -170,7 +171,7 @@ __device__ void dot_products_of_planes(const Level& level, int64_t image, int64_
     if (threadIdx.x % kWarp < kLanes) partial[warp][lane * kVector + i] = sums[i];
   }
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < kTile && first + i < positions; i += kThreads) {
+  for (int i = threadIdx.x; i < kTile && i < positions - first; i += kThreads) {
     DotProducts sum = partial[0][i];
     for (int other = 1; other < kWarps; ++other) sum.add(partial[other][i]);
     use(first + i, sum);
@@ -180,20 +181,19 @@ __device__ void dot_products_of_planes(const Level& level, int64_t image, int64_
 
 /// The same where the channels are neighbours: 8 lanes for each position.
 template <int kVector, class T, class Use>
-__device__ void dot_products_of_channels_last(const Level& level, int64_t image, int64_t first, const Use& use) {
+__device__ void dot_products_of_channels_last(const Level& level, int64_t image, int first, const Use& use) {
   const int lane = threadIdx.x % kLineLanes;
-  const int64_t position = first + threadIdx.x / kLineLanes;
+  const int position = first + static_cast<int>(threadIdx.x) / kLineLanes;
   const bool inside = position < level.height * level.width;
   DotProducts sum{};
   if (inside) {
     const T* const teacher = channels_of<const T>(level.teacher, level, image, position);
     const T* const student = channels_of<const T>(level.student, level, image, position);
-    for_each_channel<kVector, kLineLanes * kVector>(teacher, 1, student, 1, lane * kVector, level.channels,
-                                                    [&](int64_t, const auto& t, const auto& s) {
+    const auto add = [&](int64_t, const auto& t, const auto& s) {
 #pragma unroll
-                                                      for (int i = 0; i < kVector; ++i)
-                                                        sum.add(to_double(t[i]), to_double(s[i]));
-                                                    });
+      for (int i = 0; i < kVector; ++i) sum.add(to_double(t[i]), to_double(s[i]));
+    };
+    for_each_channel<kVector, kLineLanes * kVector>(teacher, 1, student, 1, lane * kVector, level.channels, add);
   }
 #pragma unroll
   for (int lane_bit = kLineLanes / 2; lane_bit > 0; lane_bit /= 2) sum.add_lane(lane_bit);
@@ -201,21 +201,23 @@ __device__ void dot_products_of_channels_last(const Level& level, int64_t image,
 }
 
 template <class T, class Use>
-__device__ void dot_products_of_tile(const Tiling& tiling, const Level* levels, int64_t image, const Tile& tile,
+__device__ void dot_products_of_tile(const Tiling& tiling, const Level* levels, const Tile& tile,
                                      PartialDotProducts& partial, const Use& use) {
   constexpr int kVector = sizeof(uint4) / sizeof(T);
   const Level& level = levels[tile.level];
   switch (tiling.layout[tile.level]) {
     case Layout::kPlanes:
-      return dot_products_of_planes<kVector, T>(level, image, tile.index * kPlaneTile<kVector>, partial, use);
+      return dot_products_of_planes<kVector, T>(level, tile.image, tile.index * kPlaneTile<kVector>, partial, use);
     case Layout::kChannelsLast:
-      return dot_products_of_channels_last<kVector, T>(level, image, tile.index * kChannelsLastTile, use);
+      return dot_products_of_channels_last<kVector, T>(level, tile.image, tile.index * kChannelsLastTile, use);
     case Layout::kStrided:
-      return dot_products_of_planes<1, T>(level, image, tile.index * kPlaneTile<1>, partial, use);
+      return dot_products_of_planes<1, T>(level, tile.image, tile.index * kPlaneTile<1>, partial, use);
   }
 }
 
 // ---- host
+
+constexpr int64_t kMostIndex = 1 << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -307,11 +309,24 @@ int64_t tile_size(Layout layout) {
   return layout == Layout::kChannelsLast ? kChannelsLastTile : kPlaneTile<1>;
 }
 
+/// Refuses what indices of 32 bits do not reach, with room for a last step beyond the end.
+void check_area(const std::string& name, int64_t height, int64_t width) {
+  if (height * width > kMostIndex)
+    throw std::invalid_argument(name + ": wanted height x width of at most " + std::to_string(kMostIndex) +
+                                " on CUDA, got " + std::to_string(height) + " x " + std::to_string(width));
+}
+void check_batch(int64_t batch, int64_t work_per_image) {
+  if (batch > kMostIndex / work_per_image)
+    throw std::invalid_argument("teacher: wanted a batch of at most " + std::to_string(kMostIndex / work_per_image) +
+                                " on CUDA, got " + std::to_string(batch));
+}
+
 /// Cuts a level into tiles; levels come in order.
 template <class T>
 void add_level(Tiling& tiling, int index, const Level& level, int64_t batch, Layout layout) {
+  check_area("teacher[" + std::to_string(index) + "]", level.height, level.width);
   tiling.layout[index] = layout;
-  tiling.tiles[index] = ceil_div(level.height * level.width, tile_size<T>(layout));
+  tiling.tiles[index] = static_cast<int>(ceil_div(level.height * level.width, tile_size<T>(layout)));
   tiling.tiles_per_image += tiling.tiles[index];
   tiling.offset[index] = tiling.positions;
   tiling.positions += batch * level.height * level.width;
@@ -352,8 +367,8 @@ cudaLaunchConfig_t launch_config(int64_t blocks, cudaStream_t stream, cudaLaunch
   return config;
 }
 
-/// Enqueues a kernel. A cooperative one gets fewer blocks where they cannot all run at once, as when the device is
-/// shared and lends a process a part of its multiprocessors.
+/// Enqueues a kernel. A cooperative one gets fewer blocks where not all can run at once, as may be where a device is
+/// shared; the scorer's result does not depend on their number, the loss may in its last digit.
 template <class Kernel, class Launch>
 void launch_kernel(Kernel* kernel, const Launch& launch, cudaLaunchConfig_t config) {
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, launch);

@@ -130,6 +130,8 @@ T __ldcs(const T* address) {
   return *address;
 }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, sizeof bits);
