@@ -5,6 +5,10 @@
 Needs no anomalib: benchmarks/gpu_session.sh runs it on machines that have torch alone.
 """
 
+import functools
+import importlib.util
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +25,9 @@ from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
 from anomalib_stfpm_ext.loss import formula
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 
 def on_gpu(test):
@@ -235,17 +242,51 @@ def test_loss_is_two_launches_and_waits_for_nothing():
     assert all(torch.equal(a, 2 * b) for a, b in zip(captured, expected, strict=True))
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile a source for three architectures, once; return the object and the compiler's report."""
+
+    @functools.cache
+    def compile_source(source):
+        path = tmp_path_factory.mktemp("compiled") / "source.o"
+        targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90, 120)]
+        command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "--fmad=false", "-Xptxas=-v", *targets]
+        command += ['-DSTFPM_EXT_CUDA_ARCHITECTURES=""', "-c", SOURCES / source, "-o", path]
+        return path, subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    return compile_source
+
+
+def find_cuobjdump():
+    """The toolkit's, or the one that triton brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = [f"{folder}/backends/nvidia/bin" for folder in (triton and triton.submodule_search_locations) or ()]
+    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *folders]))
+
+
+@needs_nvcc
 @pytest.mark.parametrize(("source", "count"), [("anomaly_map_cuda.cu", 16), ("feature_matching_cuda.cu", 8)])
-def test_compiler_reports_neither_spills_nor_local_memory(tmp_path, source, count):
+def test_compiler_reports_neither_spills_nor_local_memory(compiled, source, count):
     """`count`: of kernels, for all dtypes and combinations, or dtypes and directions."""
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90, 120)]
-    command = ["nvcc", "-std=c++17", "-O3", "--threads=2", "--fmad=false", "-Xptxas=-v", *targets]
-    command += ['-DSTFPM_EXT_CUDA_ARCHITECTURES=""', "-c", SOURCES / source, "-o", tmp_path / "source.o"]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    _, report = compiled(source)
     kernels = re.findall(r"Compiling entry function '\w*_kernel\w*' for 'sm_(\d+)'", report)
     assert len(kernels) == 3 * count, report
     memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(memory) >= len(kernels)
     assert set(memory) == {("0", "0", "0")}, report
     assert max(int(count) for count in re.findall(r"Used (\d+) registers", report)) <= 128
+
+
+@needs_nvcc
+@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.parametrize(("source", "count"), [("anomaly_map_cuda.cu", 4), ("feature_matching_cuda.cu", 2)])
+def test_loads_of_four_channels_are_issued_together(compiled, source, count):
+    """Of both sides, in NCHW and in channels_last: 8 loads of 16 bytes without a branch or arithmetic between them."""
+    command = [find_cuobjdump(), "-sass", compiled(source)[0]]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kernels = re.findall(r"Function : \w*_kernelIf\w*\n(.*?)(?=\n\s*Function :|\Z)", listing, re.DOTALL)
+    assert len(kernels) == 3 * count
+    for kernel in kernels:
+        instructions = re.findall(r"(LDG\S*[.]128|BRA|F2F|DFMA|FFMA)", kernel)
+        runs = [len(list(run)) for name, run in itertools.groupby(instructions, lambda name: name[:3]) if name == "LDG"]
+        assert sum(run >= 8 for run in runs) >= 2, runs
