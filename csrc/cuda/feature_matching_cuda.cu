@@ -115,7 +115,7 @@ __device__ void store(const T (&values)[kCount], T* target) {
 template <int kVector, bool kIsChannelsLast, class T>
 __device__ void gradients_of_tile(const BackwardLaunch& launch, const Tile& tile) {
   using Real = RealOf<T>;
-  constexpr int kTile = kIsChannelsLast ? kChannelsLastTile : kPlaneTile<kVector>;
+  constexpr int kTile = kIsChannelsLast ? kChannelsLastTile<kVector> : kPlaneTile<kVector>;
   constexpr int kPositions = kIsChannelsLast ? 1 : kVector;  // of a thread
   constexpr int kLanes = kTile / kPositions, kSlots = kThreads / kLanes;
   const Level& level = launch.params.levels[tile.level];

@@ -109,7 +109,12 @@ struct DotProducts {
 /// Positions of a tile when a lane reads kVector of them at once.
 template <int kVector>
 constexpr int kPlaneTile = kVector == 1 ? kWarp : kLineLanes * kVector;
-constexpr int kChannelsLastTile = kThreads / kLineLanes;
+/// Lanes that share a position where its channels are neighbours. Of features of 2 bytes they read half a line at a
+/// time: of 64 channels, which ResNet18's finest level has, each lane then has two loads in flight instead of one.
+template <int kVector>
+constexpr int kChannelLanes = kVector == 8 ? kLineLanes / 2 : kLineLanes;
+template <int kVector>
+constexpr int kChannelsLastTile = kThreads / kChannelLanes<kVector>;
 constexpr int kMostPositions = kPlaneTile<8>;
 
 using PartialDotProducts = DotProducts[kWarps][kMostPositions];
@@ -179,11 +184,11 @@ __device__ void dot_products_of_planes(const Level& level, int64_t image, int fi
   __syncthreads();
 }
 
-/// The same where the channels are neighbours: 8 lanes for each position.
+/// The same where the channels are neighbours: a few lanes for each position.
 template <int kVector, class T, class Use>
 __device__ void dot_products_of_channels_last(const Level& level, int64_t image, int first, const Use& use) {
-  const int lane = threadIdx.x % kLineLanes;
-  const int position = first + static_cast<int>(threadIdx.x) / kLineLanes;
+  constexpr int kLanes = kChannelLanes<kVector>;
+  const int lane = threadIdx.x % kLanes, position = first + static_cast<int>(threadIdx.x) / kLanes;
   const bool inside = position < level.height * level.width;
   DotProducts sum{};
   if (inside) {
@@ -193,10 +198,10 @@ __device__ void dot_products_of_channels_last(const Level& level, int64_t image,
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum.add(to_double(t[i]), to_double(s[i]));
     };
-    for_each_channel<kVector, kLineLanes * kVector>(teacher, 1, student, 1, lane * kVector, level.channels, add);
+    for_each_channel<kVector, kLanes * kVector>(teacher, 1, student, 1, lane * kVector, level.channels, add);
   }
 #pragma unroll
-  for (int lane_bit = kLineLanes / 2; lane_bit > 0; lane_bit /= 2) sum.add_lane(lane_bit);
+  for (int lane_bit = kLanes / 2; lane_bit > 0; lane_bit /= 2) sum.add_lane(lane_bit);
   if (inside && lane == 0) use(position, sum);
 }
 
@@ -209,7 +214,7 @@ __device__ void dot_products_of_tile(const Tiling& tiling, const Level* levels, 
     case Layout::kPlanes:
       return dot_products_of_planes<kVector, T>(level, tile.image, tile.index * kPlaneTile<kVector>, partial, use);
     case Layout::kChannelsLast:
-      return dot_products_of_channels_last<kVector, T>(level, tile.image, tile.index * kChannelsLastTile, use);
+      return dot_products_of_channels_last<kVector, T>(level, tile.image, tile.index * kChannelsLastTile<kVector>, use);
     case Layout::kStrided:
       return dot_products_of_planes<1, T>(level, tile.image, tile.index * kPlaneTile<1>, partial, use);
   }
@@ -305,8 +310,9 @@ Layout layout_of(const Level& level, int64_t batch, const Gradients&... gradient
 
 template <class T>
 int64_t tile_size(Layout layout) {
-  if (layout == Layout::kPlanes) return kPlaneTile<sizeof(uint4) / sizeof(T)>;
-  return layout == Layout::kChannelsLast ? kChannelsLastTile : kPlaneTile<1>;
+  constexpr int kVector = sizeof(uint4) / sizeof(T);
+  if (layout == Layout::kPlanes) return kPlaneTile<kVector>;
+  return layout == Layout::kChannelsLast ? kChannelsLastTile<kVector> : kPlaneTile<1>;
 }
 
 /// Refuses what indices of 32 bits do not reach, with room for a last step beyond the end.
