@@ -113,8 +113,8 @@ def anomaly_map(
 
     Raises:
         TypeError: If an argument is of the wrong kind, or the dtypes are mixed or not supported.
-        ValueError: If shapes, devices, level names, sizes, options or the memory of ``out`` do not fit, or the tensors
-            are on CUDA and the build has no CUDA scorer.
+        ValueError: If shapes, devices, level names, sizes, options or the memory of ``out`` do not fit; on CUDA also if
+            the build has no CUDA scorer, or the map or a level has more than 2**30 positions.
         RuntimeError: If CUDA fails, or the build holds no code for the device's architecture.
 
     Note:
