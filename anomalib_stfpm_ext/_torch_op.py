@@ -72,9 +72,18 @@ def anomaly_map(
 
 def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
     """Whether somebody may want gradients. Of an exported program nobody does, whatever mode it was exported in."""
+    if is_transformed():
+        return True
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return False
     return any(level.requires_grad for level in (*teacher, *student))
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which must see torch's own operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def has_kernel(device: torch.device) -> bool:

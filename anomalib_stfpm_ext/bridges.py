@@ -185,7 +185,13 @@ def _read_checkpoint(
     backbone = _agree("backbone", backbone, settings.get("backbone"), path)
     layers = _agree("layers", layers, settings.get("layers"), path)
     # anomalib feeds every backbone ImageNet's mean and standard deviation, whatever the teacher was trained with.
-    model = StfpmExt(backbone, layers, teacher_weights=False, pre_processor=StfpmExt.configure_pre_processor())
+    model = StfpmExt(
+        backbone,
+        layers,
+        teacher_weights=False,
+        combine_at=settings.get("combine_at", "image"),  # of StfpmExt's own
+        pre_processor=StfpmExt.configure_pre_processor(),
+    )
     if model.model.teacher_model.channels_last_output:
         msg = (
             f"backbone: anomalib compares the (B, H, W, C) features of {backbone!r} as if they were (B, C, H, W); "

@@ -257,8 +257,11 @@ class StudentChoice:
                 Subset(dataset, training.tolist()),
                 shuffle=isinstance(loader.sampler, RandomSampler),
                 drop_last=loader.drop_last,
-                generator=loader.generator,
+                generator=loader.generator or getattr(loader.sampler, "generator", None),
             )
+            if not len(source.instance):
+                wanted = f"a share that leaves a batch of {loader.batch_size} images to train on"
+                fail(ValueError, "held_out_share", wanted, f"{len(training)} images, and drop_last=True")
             trainer.fit_loop._combined_loader = None  # of all images, which a learning rate finder may have left
             if isinstance(datamodule, AnomalibDataModule):
                 dataset = copy.copy(dataset)

@@ -4,7 +4,8 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -18,7 +19,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,7 +30,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from .distributed import StudentSync, share_images
 from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed, check_share
-from .kept_memory import KeptMemory
+from .kept_memory import HeldForFit, KeptMemory
 from .loss import StfpmExtLoss
 from .scorer import fail
 from .teacher_cache import TeacherCache
@@ -37,6 +38,7 @@ from .teacher_checkpoint import bring_back, leave_out
 from .torch_model import CompileMode, StfpmExtModel
 
 MAX_EPOCHS = 100
+NETWORK_KEY = "stfpm_ext_network"  # of a checkpoint
 
 
 class SentLoss(NamedTuple):
@@ -61,6 +63,26 @@ class SentLoss(NamedTuple):
         if self.arrived is not None:
             self.arrived.synchronize()
         return float(self.value)
+
+
+class ChoiceOfFit(HeldForFit):
+    """Leaves the best student in the model where a fit ends by an exception, or before its first step.
+
+    Args:
+        model (StfpmExt): The model.
+    """
+
+    def __init__(self, model: "StfpmExt") -> None:
+        self.model = model
+
+    def release(self) -> None:
+        """Keep the best student."""
+        self.model.on_train_end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the best student, unless that takes the other processes, which may be elsewhere."""
+        if self.model.held_out_share or trainer.world_size == 1:
+            super().on_exception(trainer, pl_module, exception)
 
 
 def unread_losses(device: torch.device) -> int:
@@ -166,6 +188,13 @@ class StfpmExt(AnomalibModule):
         check_decay(ema_decay)
         if lr_schedule not in ("constant", "cosine"):
             fail(ValueError, "lr_schedule", "constant or cosine", repr(lr_schedule))
+        for argument, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                fail(TypeError, argument, "a number", repr(value))
+            if not 0 <= value < math.inf:
+                fail(ValueError, argument, "a finite number of at least 0", value)
+        if isinstance(seed, bool) or not isinstance(seed, Integral | None):
+            fail(TypeError, "seed", "a whole number or None", repr(seed))
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
@@ -188,7 +217,6 @@ class StfpmExt(AnomalibModule):
         self.choice: StudentChoice | None = None
         self._losses: deque[SentLoss] = deque()
         self._resumed_choice: dict[str, Any] | None = None
-        self.configure_optimizers()  # so that a wrong setting is an error now and not after the data is loaded
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of good images.
@@ -236,6 +264,9 @@ class StfpmExt(AnomalibModule):
             torch.distributed.all_reduce(loss)
         self._losses.append(SentLoss.send(loss, self._where()))
         self._check_losses(unread_losses(loss.device))
+        if self.trainer.global_step == self.trainer.max_steps:
+            # Or else Lightning leaves out the validation, and so the threshold, where the steps end within an epoch.
+            self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch.
@@ -321,12 +352,13 @@ class StfpmExt(AnomalibModule):
         return self.cache.features(batch, self.model.teacher_features) if self.cache else None
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add what lasts as long as a fit to anomalib's callbacks: memory that is kept, and the cache.
+        """Add what lasts as long as a fit to anomalib's callbacks: the choice of the student, kept memory, the cache.
 
         Returns:
             Sequence[Callback]: The callbacks.
         """
-        return [*super().configure_callbacks(), KeptMemory(), *([self.cache] if self.cache else [])]
+        held = [ChoiceOfFit(self), KeptMemory(), *([self.cache] if self.cache else [])]
+        return [*super().configure_callbacks(), *held]
 
     def on_train_start(self) -> None:
         """Stretch the cosine over the training, whose steps are known only now that images are held out.
@@ -348,7 +380,7 @@ class StfpmExt(AnomalibModule):
         """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
         if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             if self.held_out_share:
-                self._measure(self.choice)
+                self.log("held_out_map", self._measure(self.choice), sync_dist=True)
             self.choice.show(best=True)
 
     def on_validation_end(self) -> None:
@@ -378,6 +410,12 @@ class StfpmExt(AnomalibModule):
             checkpoint (dict[str, Any]): Lightning's checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
+        network = self.model.teacher_model
+        checkpoint[NETWORK_KEY] = {
+            "backbone": network.backbone,
+            "layers": network.layers,
+            "combine_at": self.model.combine_at,
+        }
         if self.choice:
             self.choice.save(checkpoint)
         if not self.save_teacher:
@@ -393,10 +431,16 @@ class StfpmExt(AnomalibModule):
             ValueError: If this model's teacher is another.
         """
         super().on_load_checkpoint(checkpoint)
+        # Lightning writes what load_from_checkpoint is given over the hyperparameters.
+        saved = checkpoint.get(NETWORK_KEY) or checkpoint.get("hyper_parameters", {})
+        self._check_network(saved)
         bring_back(checkpoint, self.model.teacher_model)
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             self.choice = None  # that of a fit before; the student is now another
             return
+        combine_at = saved.get("combine_at", self.model.combine_at)
+        if combine_at != self.model.combine_at:  # held-out maps before and after could not be compared
+            fail(ValueError, "combine_at", f"{combine_at} as in the checkpoint", self.model.combine_at)
         before = "cosine" if checkpoint.get("lr_schedulers") else "constant"
         if "lr_schedulers" in checkpoint and self.lr_schedule != before:
             fail(ValueError, "lr_schedule", f"{before} as in the checkpoint", self.lr_schedule)
@@ -410,6 +454,15 @@ class StfpmExt(AnomalibModule):
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: the student in training, images and features have no place in it.
         return {**super().__getstate__(), "choice": None, "cache": None, "_losses": deque()}
+
+    def _check_network(self, saved: Mapping[str, Any]) -> None:
+        """Raise an error unless the checkpoint's network, if it names one, is this one."""
+        network = self.model.teacher_model
+        backbone, layers = saved.get("backbone", network.backbone), saved.get("layers", network.layers)
+        if backbone.partition(".")[0] != network.backbone.partition(".")[0]:  # the weights' tag may be another
+            fail(ValueError, "backbone", f"{backbone} as in the checkpoint", network.backbone)
+        if list(layers) != network.layers:
+            fail(ValueError, "layers", f"{list(layers)} as in the checkpoint", network.layers)
 
     def _check_losses(self, unread: int = 0) -> None:
         while len(self._losses) > unread:

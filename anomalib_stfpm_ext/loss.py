@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import _torch_loss  # noqa: F401  # defines the operator
-from ._torch_op import has_kernel, squared_distance
+from ._torch_op import has_kernel, is_transformed, squared_distance
 from .scorer import check_features, pair_levels
 
 
@@ -38,8 +38,9 @@ class StfpmExtLoss(nn.Module):
 
     Note:
         One pass over the features gives the loss, another its gradient; what is kept between them is two numbers for
-        each position. :func:`formula` takes over, slower, where the teacher requires gradients, on devices other than
-        the CPU and CUDA, and on CUDA where the build has no CUDA code. The gradient of the fused loss cannot be
+        each position. :func:`formula` takes over, slower, where the teacher requires gradients, under ``torch.func``
+        and forward-mode differentiation, on devices other than the CPU and CUDA, and on CUDA where the build has no
+        CUDA code. The gradient of the fused loss cannot be
         differentiated again: that is a ``NotImplementedError``.
 
     Example:
@@ -76,7 +77,7 @@ class StfpmExtLoss(nn.Module):
         names, teacher_levels, student_levels = pair_levels(teacher, student)
         try:
             differentiable = torch.is_grad_enabled() and any(level.requires_grad for level in teacher_levels)
-            if differentiable or not has_kernel(teacher_levels[0].device):
+            if differentiable or is_transformed() or not has_kernel(teacher_levels[0].device):
                 check_features(teacher_levels, student_levels, torch.Tensor)
                 return formula(teacher_levels, student_levels)
             loss: torch.Tensor = torch.ops.anomalib_stfpm_ext.feature_matching_loss.default(

@@ -6,9 +6,11 @@ Trains and evaluates a model for every category and seed, on raw scores. A run t
 that was interrupted goes on from its last epoch, and the tables are written anew after every run.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ from anomalib.pipelines.components.runners.parallel import ParallelExecutionErro
 from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from anomalib.utils.cv import connected_components_cpu
 from anomalib.visualization.image.functional import overlay_image, visualize_anomaly_map
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 
@@ -48,6 +51,7 @@ METRICS = {
     "rescaled_PRO": "PRO, rescaled",
 }
 MEAN = "mean of all"  # categories of the data set
+PR_SET_PDEATHSIG = 1  # of prctl, from Linux's headers
 
 # Image AUROC of the paper's authors, from the README of their code, and of anomalib, from the README of its Stfpm.
 _MVTEC_AD = {
@@ -169,7 +173,7 @@ class Plan:
         if isinstance(teacher, Path):
             teacher = f"sha256 {hashlib.sha256(teacher.read_bytes()).hexdigest()}"
         model = {**self.model, "layers": list(self.model["layers"]), "teacher_weights": teacher}
-        return {"data": self.data, **model, "max_epochs": self.max_epochs}
+        return {"data": self.data, "root": str(self.root.resolve()), **model, "max_epochs": self.max_epochs}
 
     def claim_output(self) -> None:
         """Write the settings into the output folder, or compare them with what is there.
@@ -247,6 +251,8 @@ class ReproduceJob(Job):
         Returns:
             dict[str, Any]: The results.
         """
+        if task_id is not None:  # a process of its own, which must not outlive the one that started it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         start = time.perf_counter()
         folder = self.plan.run_folder(self.category, self.seed)
         checkpoint = folder / "model.ckpt"
@@ -673,6 +679,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = {name: given.pop(name) for name in of_model}
     try:
         reproduce(**given, model=model)
+    except SIGTERMException:  # of Lightning, and with an exit status of 0
+        sys.exit(128 + signal.SIGTERM)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

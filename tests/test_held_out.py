@@ -251,6 +251,51 @@ def test_resumed_run_ends_as_the_unbroken_one(make_model, fit, tmp_path):
             fit(make_model(held_out_share=share), ckpt_path=tmp_path / "epoch=1.ckpt")
 
 
+@pytest.mark.parametrize("ending", [RuntimeError("stop"), KeyboardInterrupt()], ids=repr)
+def test_fit_that_is_broken_off_leaves_the_best_student(make_model, fit, ending):
+    class Ending(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.current_epoch == 2:
+                raise ending
+
+    model, steer = make_model(), Steer(0.1, 0.3, 0.3)
+    with pytest.raises((RuntimeError, SystemExit)):  # Lightning exits at a KeyboardInterrupt
+        fit(model, steer, Ending())
+    assert same(model.model.student_model.state_dict(), steer.student(model, 0))
+
+
+def test_resuming_a_finished_fit_leaves_the_best_student(make_model, fit):
+    steer = Steer(0.1, 0.3)
+    checkpoint = fit(make_model(), steer, epochs=2).best_model_path
+    model = make_model()
+    fit(model, steer, epochs=2, ckpt_path=checkpoint)
+    assert same(model.model.student_model.state_dict(), steer.student(model, 0))
+
+
+def test_steps_that_end_within_an_epoch_end_with_a_validation(make_model, fit, images):
+    """Three epochs of two steps, the last of one: the student that is kept brings its own threshold."""
+    model, steer = make_model(), Steer(0.3, 0.2, 0.1)
+    fit(model, steer, epochs=-1, max_steps=5)
+    assert [measurement.step for measurement in model.choice.history] == [2, 4, 5]
+    assert same(model.model.student_model.state_dict(), steer.student(model, 2))
+    kept = model.post_processor.image_threshold.clone()
+    Engine(**QUIET).validate(model, datamodule=folder(images))
+    assert torch.equal(model.post_processor.image_threshold, kept)
+
+
+def test_checkpoints_of_other_networks(make_model, fit):
+    checkpoint = fit(make_model(), epochs=1).best_model_path
+    for arguments, message in (
+        ({"layers": ["layer2"]}, r"layers: wanted \['layer1', 'layer2'\] as in the checkpoint, got \['layer2'\]"),
+        ({"backbone": "resnet34"}, "backbone: wanted resnet18 as in the checkpoint, got resnet34"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StfpmExt.load_from_checkpoint(checkpoint, **arguments)
+    StfpmExt.load_from_checkpoint(checkpoint, backbone="resnet18.tv_in1k")  # of the same network
+    with pytest.raises(ValueError, match="combine_at: wanted image as in the checkpoint, got finest"):
+        fit(make_model(combine_at="finest"), epochs=2, ckpt_path=checkpoint)
+
+
 def test_other_data_cannot_be_resumed_with(make_model, fit, images):
     engine = fit(make_model(), epochs=1)
     data = folder(images, val_split_mode="from_train", val_split_ratio=0.5)
@@ -350,6 +395,11 @@ def test_data_and_settings_that_leave_nothing_to_choose_by(make_model, fit, imag
     ):
         with pytest.raises(ValueError, match=message):
             fit(make_model(held_out_share=share), data=data)
+    data = folder(images, train_batch_size=8)
+    data.setup()
+    loader = DataLoader(data.train_data, batch_size=8, drop_last=True, collate_fn=data.train_data.collate_fn)
+    with pytest.raises(ValueError, match=r"held_out_share: .*a batch of 8 images .*, got 6 images, and drop_last=True"):
+        Trainer(**QUIET).fit(make_model(), loader)
     with pytest.raises(ValueError, match=r"held_out_share: wanted a strategy .* such as ddp .*, got .*Sharded"):
         fit(make_model(), strategy=Sharded(device="cpu"))
     with pytest.raises(ValueError, match=r"held_out_share: wanted a data set that stays the same.*n_epochs=1"):
@@ -421,6 +471,10 @@ def test_early_stopping_and_checkpoints_can_follow_the_held_out_map(make_model, 
     assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
     assert Path(best.best_model_path).name == "epoch=1.ckpt"
     assert same(model.model.student_model.state_dict(), steer.student(model, 1))
+
+    model = make_model()  # measured twice in each epoch
+    fit(model, Steer(0.1, 0.2, 0.3), EarlyStopping("held_out_map", patience=1), val_check_interval=0.5)
+    assert len(model.choice.history) < 6
 
 
 def test_learning_rate_finder_goes_before(make_model, fit):
@@ -533,9 +587,13 @@ def test_cosine_ends_at_zero(make_model, fit, images, tmp_path):
         ("ema_decay", "0.9", TypeError, "a decay .*, got '0.9'"),
         ("ema_decay", True, TypeError, "a decay .*, got True"),
         ("lr_schedule", "cos", ValueError, "constant or cosine, got 'cos'"),
+        ("lr", float("nan"), ValueError, "a finite number of at least 0, got nan"),
+        ("momentum", "0.9", TypeError, "a number, got '0.9'"),
+        ("weight_decay", -1, ValueError, "a finite number of at least 0, got -1"),
+        ("seed", "a", TypeError, "a whole number or None, got 'a'"),
     ],
 )
-def test_bad_settings_of_average_and_schedule(argument, value, error, message):
+def test_bad_settings(argument, value, error, message):
     with pytest.raises(error, match=f"{argument}: wanted {message}"):
         StfpmExt(teacher_weights=False, **{argument: value})
 

@@ -2,6 +2,8 @@
 
 """The fused loss against the float64 reference, its formula in torch operations, and anomalib's."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import reference
@@ -9,9 +11,10 @@ import torch
 from anomalib.models.image.stfpm.loss import STFPMLoss
 from conftest import PYRAMIDS, make_features
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp
 from torch.profiler import ProfilerActivity, profile
 
-from anomalib_stfpm_ext import StfpmExtLoss, _core
+from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
 from anomalib_stfpm_ext.loss import formula
 
 OPERATOR = torch.ops.anomalib_stfpm_ext.feature_matching_loss.default
@@ -215,7 +218,7 @@ def test_same_bits_for_any_number_of_threads(memory_format):
 
 ISA_SCRIPT = """
 import torch
-from anomalib_stfpm_ext import StfpmExtLoss, _core
+from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -287,6 +290,24 @@ def test_teacher_that_requires_gradients_and_second_derivatives_by_the_formula()
     assert gradgradcheck(lambda *levels: formula(teacher, levels), student)
     with torch.no_grad():  # fused
         assert StfpmExtLoss()(teacher, student).item() == pytest.approx(formula(teacher, student).item(), rel=1e-12)
+
+
+def test_torch_func_and_forward_mode_by_the_formula():
+    teacher, student = pyramids([(5, 4)], 2, (16, 24), torch.float64)
+    student, tangent = student[0].detach(), torch.ones_like(student[0])
+
+    def ours(level):
+        return StfpmExtLoss()(teacher, [level])
+
+    def wanted(level):
+        return formula(teacher, [level])
+
+    torch.testing.assert_close(jvp(ours, (student,), (tangent,)), jvp(wanted, (student,), (tangent,)))
+    torch.testing.assert_close(grad(ours)(student), grad(wanted)(student))
+    score = partial(anomaly_map, teacher, image_size=(16, 24))
+    slope = jvp(lambda level: score([level])[0].sum(), (student,), (tangent,))[1]
+    gradient = torch.autograd.grad(score([student.requires_grad_()])[0].sum(), student)[0]
+    torch.testing.assert_close(slope, gradient.sum())
 
 
 def test_devices_without_a_kernel_take_the_formula():

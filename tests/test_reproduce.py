@@ -175,6 +175,11 @@ def test_other_settings_are_an_error(output, mvtec_ad, with_resnet18, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             command(mvtec_ad, output, *with_resnet18, f"--{name}", value)
+    (tmp_path / "moved").symlink_to(mvtec_ad)
+    command(tmp_path / "moved", output, *with_resnet18)  # the same
+    shutil.copytree(mvtec_ad, tmp_path / "copy")
+    with pytest.raises(SystemExit, match=r"root: wanted .*MVTecAD.*, as for the results in .*, got .*copy"):
+        command(tmp_path / "copy", output, *with_resnet18)
 
 
 def test_interrupted_training_goes_on_as_if_it_had_not_been(mvtec_ad, small, tmp_path, monkeypatch):
