@@ -452,8 +452,8 @@ class StfpmExt(AnomalibModule):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # An export is a pickle of the model: the student in training, images and features have no place in it.
-        return {**super().__getstate__(), "choice": None, "cache": None, "_losses": deque()}
+        # An export is a pickle of the model: the student in training and images have no place in it.
+        return {**super().__getstate__(), "choice": None, "_losses": deque()}
 
     def _check_network(self, saved: Mapping[str, Any]) -> None:
         """Raise an error unless the checkpoint's network, if it names one, is this one."""

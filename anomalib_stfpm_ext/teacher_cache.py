@@ -59,14 +59,20 @@ class TeacherCache(HeldForFit):
     """
 
     def __init__(self, location: str | None, half: bool = False) -> None:
+        if not isinstance(half, bool):
+            fail(TypeError, "teacher_cache_half", "True or False", repr(half))
         if location not in ("memory", "disk"):
             fail(
                 ValueError, "teacher_cache", "'memory' or 'disk', or neither it nor teacher_cache_half", repr(location)
             )
-        if not isinstance(half, bool):
-            fail(TypeError, "teacher_cache_half", "True or False", repr(half))
         self.location, self.half = location, half
         self.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"location": self.location, "half": self.half}  # a copy of the model has no features yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def start(self, trainer: Trainer, pre_processor: nn.Module | None) -> None:
         """Number the training images, before Lightning asks for them.
