@@ -38,8 +38,9 @@ class FeaturePyramid(nn.Module):
 
     Note:
         Inference runs a copy whose batch norms are folded into the convolutions: the same features up to rounding. It
-        is made anew when weights have changed. Changes through ``tensor.data`` that leave the evaluation mode on are
-        the only ones that torch does not count, and so not noticed.
+        is made anew when modules or weights have changed, after gradients were wanted, and after training mode. What
+        torch does not count is not noticed between two inferences: weights changed through ``tensor.data``, views of
+        NumPy or DLPack, or collectives of ``torch.distributed``, and other attributes of a module, such as ``eps``.
 
     Raises:
         ValueError: If timm does not know the backbone, if it has no feature pyramid, or if one of the layers is not
@@ -62,7 +63,7 @@ class FeaturePyramid(nn.Module):
         self.finest = min(zip(info.reduction(), info.module_name(), strict=True))[1]
         # For inference: a copy (in a tuple, so that it is no part of the model), and the state of what it was made of.
         self._folded: tuple[Any, ...] = ()
-        self._folded_state: list[tuple[int, int]] | None = None
+        self._folded_state: list[Any] | None = None
         # Swin and its like return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -84,10 +85,17 @@ class FeaturePyramid(nn.Module):
     def _extract(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Run the network; for inference a copy of it whose batch norms are folded into the convolutions."""
         features: list[torch.Tensor]
-        tensors = [*self.feature_extractor.parameters(), *self.feature_extractor.buffers()]
+        modules = list(self.feature_extractor.modules())
+        tensors = [
+            tensor
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if self._wants_gradients(images):
+            self._folded, self._folded_state = (), None  # a step may follow, and torch does not count all of them
         if (
-            self.training
-            or not is_plain_inference(images)
+            not self.is_plain_inference(images)
             or images.dtype != tensors[0].dtype  # for torch to refuse
             or any(map(torch.is_inference, tensors))
         ):
@@ -97,13 +105,38 @@ class FeaturePyramid(nn.Module):
         if images.device.type == "cpu":
             count = max(1, CPU_PIXELS // (images.shape[-2] * images.shape[-1]))
             parts = list(torch.split(images, count))
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        state = [*map(id, modules), *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
         if state != self._folded_state:
-            # With the tensors, so that nobody else gets their memory.
-            self._folded = (_fold(self.feature_extractor, parts[0]), [tensor.detach() for tensor in tensors])
+            # With modules and tensors, so that no others get their place in memory.
+            self._folded = (_fold(self.feature_extractor, images), modules, [tensor.detach() for tensor in tensors])
             self._folded_state = state
         features, *others = map(self._folded[0], parts)
         return [torch.cat(levels) for levels in zip(features, *others, strict=True)] if others else features
+
+    def is_plain_inference(self, images: torch.Tensor) -> bool:
+        """Tell whether features are all that is wanted.
+
+        Args:
+            images (torch.Tensor): The images.
+
+        Returns:
+            bool: ``False`` with gradients, autocast, hooks within the network or modules of it in training mode, and
+                where :func:`is_traced`, since compilers fold by themselves.
+        """
+        return not (
+            is_traced(images)
+            or self._wants_gradients(images)
+            or torch.is_autocast_enabled(images.device.type)
+            or any(
+                module.training or module._forward_hooks or module._forward_pre_hooks
+                for module in self.feature_extractor.modules()
+            )
+        )
+
+    def _wants_gradients(self, images: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            images.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Enter training or evaluation mode; training gives up the copy for inference."""
@@ -194,18 +227,6 @@ class Student(FeaturePyramid):
                 nn.init.ones_(module.weight)
 
 
-def is_plain_inference(images: torch.Tensor) -> bool:
-    """Tell whether features are all that is wanted.
-
-    Args:
-        images (torch.Tensor): The images.
-
-    Returns:
-        bool: ``False`` with gradients or autocast, and where :func:`is_traced`, since compilers fold by themselves.
-    """
-    return not (is_traced(images) or torch.is_grad_enabled() or torch.is_autocast_enabled(images.device.type))
-
-
 def is_traced(images: torch.Tensor) -> bool:
     """Tell whether a compiler, an exporter or a tracer follows what is computed.
 
@@ -284,25 +305,33 @@ def _fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
     """Return a copy of a network with batch norms folded into the convolutions before them, which takes fewer passes.
 
     On a CPU, the copy's weights are in oneDNN's layout already. Neighbours among a module's children need not follow
-    each other in the computation: the network itself is returned where the copy's features of some images differ by
-    more than roundings.
+    each other in the computation: the network itself is returned where the copy's features, in double precision, of an
+    image of the same size differ by more than roundings.
     """
-    folded = copy.deepcopy(network)
-    for module in list(folded.modules()):
-        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
-                after = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # of timm's norms
-                setattr(module, norm_name, nn.Sequential(*after))
+    exact = copy.deepcopy(network).cpu().double()
+    size = images.shape[1:]
+    probe = torch.linspace(-2, 2, size.numel(), dtype=torch.float64).view(1, *size)
+    for expected, features in zip(exact(probe), _merge_norms(copy.deepcopy(exact))(probe), strict=True):
+        if not (features - expected).abs().max() <= 1e-9 * expected.abs().max():
+            return network
+    folded = _merge_norms(copy.deepcopy(network))
     if images.device.type == "cpu" and PACKS_WEIGHTS:
         for module in list(folded.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Conv2d) and _can_be_packed(child):
                     setattr(module, name, _PackedConv2d(child))
-    for expected, features in zip(network(images), folded(images), strict=True):
-        if not (features - expected).abs().max() <= 1e-5 * expected.abs().max():
-            return network
     return folded
+
+
+def _merge_norms(network: nn.Module) -> nn.Module:
+    """Merge each batch norm into the convolution that stands before it."""
+    for module in list(network.modules()):
+        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                after = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # of timm's norms
+                setattr(module, norm_name, nn.Sequential(*after))
+    return network
 
 
 def _can_be_packed(convolution: nn.Conv2d) -> bool:

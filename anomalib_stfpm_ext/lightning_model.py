@@ -529,6 +529,26 @@ class StfpmExt(AnomalibModule):
             Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))])
         )
 
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export the model for torch, frozen: anomalib's ``TorchInferencer`` leaves gradients enabled.
+
+        Args:
+            args: As in ``AnomalibModule.to_torch``.
+            kwargs: Likewise.
+
+        Returns:
+            Path: The exported file.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            path: Path = super().to_torch(*args, **kwargs)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        return path
+
     def unfreeze(self) -> None:
         """Unfreeze the student; the teacher stays as it is."""
         super().unfreeze()

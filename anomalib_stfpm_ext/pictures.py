@@ -267,11 +267,11 @@ def _command_levels(checkpoint: Path, images: Path, output: Path, masks: Path | 
         masks: Folder of masks, in the same subfolders, called as the images are, with or without _mask at the end.
     """
     model, paths = load_model(checkpoint), _images("images", images)
-    if output.resolve() == images.resolve():
-        fail(ValueError, "output", "another folder than that of the images, which it would overwrite", output)
+    if output.resolve() in (images.resolve(), *images.resolve().parents):
+        fail(ValueError, "output", "a folder that does not hold the images, which it might overwrite", output)
     mask_of = _match_masks(paths, images, masks) if masks else {}
     for path in track(paths, "drawing"):
-        image = read_image(path, as_tensor=True)
+        image = _read("images", path)
         mask = read_mask(mask_of[path]) if path in mask_of else None
         levels = measure_levels(model, image)
         picture = draw_levels(image.permute(1, 2, 0).numpy(), levels, mask, raw_threshold(model, pixels=True))
@@ -293,14 +293,23 @@ def _command_histogram(checkpoint: Path, good: Path, defective: Path, file: Path
     model = load_model(checkpoint)
     good_paths, defective_paths = _images("good", good), _images("defective", defective)
     scores = [
-        measure_levels(model, read_image(path, as_tensor=True)).score
-        for path in track(good_paths + defective_paths, "scoring")
+        measure_levels(model, _read(argument, path)).score
+        for argument, paths in (("good", good_paths), ("defective", defective_paths))
+        for path in track(paths, f"scoring, {argument}")
     ]
     labels = torch.tensor([0] * len(good_paths) + [1] * len(defective_paths))
     picture = draw_histogram(torch.tensor(scores), labels, raw_threshold(model))
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.save(file)
     print(f"The histogram of {len(scores)} scores is {file}")
+
+
+def _read(argument: str, path: Path) -> torch.Tensor:
+    try:
+        image: torch.Tensor = read_image(path, as_tensor=True)
+    except Exception as error:  # decoders raise all sorts of them
+        fail(ValueError, argument, "images that can be read", f"{path}: {type(error).__name__}: {error}")
+    return image
 
 
 def _images(argument: str, folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from ._torch_op import formula, has_kernel
-from .feature_pyramid import FeaturePyramid, Student, Teacher, is_plain_inference, is_traced
+from .feature_pyramid import FeaturePyramid, Student, Teacher, is_traced
 from .scorer import anomaly_map, check_options, fail
 from .side_by_side import can_run_side_by_side, side_by_side
 
@@ -141,7 +141,8 @@ class StfpmExtModel(nn.Module):
                 student by level.
         """
         teacher, student = partial(self.teacher_features, images), partial(self._features, self.student_model, images)
-        if not self.training and is_plain_inference(images) and can_run_side_by_side(images.device):
+        plain = all(network.is_plain_inference(images) for network in (self.teacher_model, self.student_model))
+        if plain and can_run_side_by_side(images.device):
             return side_by_side(teacher, student)
         return teacher(), student()
 

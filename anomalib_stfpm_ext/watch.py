@@ -286,8 +286,8 @@ def watch(
     """
     if not folder.is_dir():
         fail(FileNotFoundError, "folder", "a folder of images", folder)
-    if overlays and overlays.resolve() == folder.resolve():
-        fail(ValueError, "overlays", "another folder than that of the images, which they would overwrite", overlays)
+    if overlays and overlays.resolve() in (folder.resolve(), *folder.resolve().parents):
+        fail(ValueError, "overlays", "a folder that does not hold the images, which they might overwrite", overlays)
     if not 0 < interval < math.inf:
         fail(ValueError, "interval", "more than 0 seconds", interval)
     if not 0 <= patience < math.inf:
@@ -339,7 +339,7 @@ def watch(
                     row |= _verdict(batch, predictor.threshold)
                     row["seconds"] = f"{time.perf_counter() - start:.4f}"
                     if overlays:
-                        _save(visualizer.visualize(batch), overlays / path.relative_to(folder))
+                        _save_overlay(visualizer, batch, overlays / path.relative_to(folder), name)
                 table.append(row | {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")})
             if once and not waiting:
                 return
@@ -365,9 +365,19 @@ def _verdict(batch: ImageBatch, threshold: float | None) -> dict[str, object]:
     }
 
 
+def _save_overlay(visualizer: ImageVisualizer, batch: ImageBatch, file: Path, name: str) -> None:
+    """Save the overlay of an image, or tell why there is none: the score is there all the same."""
+    try:
+        picture = visualizer.visualize(batch)
+    except Exception as error:  # of pictures of one pixel, for one
+        _tell(f"{name}: no overlay, {type(error).__name__}: {error}")
+    else:
+        _save(picture, file)
+
+
 def _save(picture: Image.Image, file: Path) -> None:
     """Save all of a picture or nothing."""
-    unfinished = file.with_name(f".{file.name}")
+    unfinished = file.with_name(f".unfinished{file.suffix}")  # the name's own may be as long as names can be
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(unfinished)

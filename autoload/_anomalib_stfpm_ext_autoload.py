@@ -48,13 +48,17 @@ class StfpmExtFinder:
 
 
 def publish(model: type) -> None:
-    """Make a model an attribute of ``anomalib.models``; ``lightning_model`` calls this when its class is complete.
+    """Put a model into ``anomalib.models`` beside anomalib's own; ``lightning_model`` calls this at its end.
 
     Args:
         model (type): A direct subclass of ``AnomalibModule``.
     """
     models = sys.modules[_MODELS]
-    setattr(models, model.__name__, model)
+    for module in (models, sys.modules[f"{_MODELS}.image"]):
+        setattr(module, model.__name__, model)
+        names = getattr(module, "__all__", None)
+        if isinstance(names, list) and model.__name__ not in names:
+            names.append(model.__name__)
     # get_model() refuses a dotted class_path outside this set; installing us was the user's consent.
     if hasattr(models, "ALLOWED_MODULES"):
         models.ALLOWED_MODULES.add(_PACKAGE)

@@ -12,6 +12,7 @@ from anomalib.data import Folder
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from conftest import folder
+from torch.profiler import ProfilerActivity, profile
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 
@@ -122,9 +123,13 @@ def test_openvino_compression(to_openvino, batch, expected, compression):
 def test_torch_inferencer(model, batch, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     inferencer = TorchInferencer(model.to_torch(tmp_path), device="cpu")
+    inferencer.predict(batch[0])  # folds batch norms
     for index, image in enumerate(batch):
-        with torch.no_grad():
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             prediction = inferencer.predict(image)
+        names = {event.key for event in profiler.key_averages()}
+        assert "anomalib_stfpm_ext::anomaly_map" in names
+        assert not any("batch_norm" in name for name in names)
         np.testing.assert_allclose(prediction.anomaly_map.squeeze(), expected["anomaly_map"][index, 0], **SAME)
         np.testing.assert_allclose(prediction.pred_score.item(), expected["pred_score"][index, 0], rtol=1e-4)
 

@@ -81,6 +81,46 @@ def test_inference_folds_batch_norm_and_notices_new_weights(backbone):
     assert len(pickle.dumps(student)) < 1.2 * len(pickle.dumps(Student(backbone, BACKBONES[backbone])))
 
 
+def test_inference_notices_steps_that_torch_does_not_count():
+    student, images = Student("test_resnet", ["layer1", "layer3"]).eval(), torch.randn(2, 3, 64, 64)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5, fused=True)
+    for _ in range(2):
+        student(images)["layer3"].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for features, expected in zip(student(images).values(), student.feature_extractor(images), strict=True):
+                torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_replaced_modules_and_norms_in_training_mode():
+    student, images = Student("test_resnet", ["layer1", "layer3"]).eval(), torch.randn(2, 3, 64, 64)
+    stem, calls = student.feature_extractor.conv1, []
+    with torch.no_grad():
+        expected = student(images)["layer1"]
+        handle = stem.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(student(images)["layer1"], expected, rtol=1e-4, atol=1e-4)
+        handle.remove()
+        student(images)
+        assert calls == [1]
+        student.feature_extractor.act1 = torch.nn.GELU()
+        assert not torch.allclose(student(images)["layer1"], expected, rtol=0.1)
+        norm = student.feature_extractor.bn1
+        norm.train()
+        student(images)
+        assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "first", [torch.zeros(0, 3, 64, 64), torch.full((1, 3, 64, 64), torch.nan)], ids=["empty", "nan"]
+)
+def test_folds_whatever_the_first_images_are(first):
+    student = Student("test_resnet", ["layer1", "layer3"]).eval()
+    with torch.no_grad():
+        student(first)
+    assert student._folded[0] is not student.feature_extractor
+
+
 def test_many_images_go_through_in_parts(monkeypatch):
     monkeypatch.setattr(feature_pyramid, "CPU_PIXELS", 2 * 64 * 64)
     student, images = Student("resnet18", LAYERS).eval(), torch.randn(5, 3, 64, 64)
@@ -107,10 +147,9 @@ def test_weights_in_onednns_layout_serve_images_of_any_shape(backbone):
     assert all(weight.is_mkldnn for weight in packed)
     for shape in ((1, 3, 96, 70), (3, 3, 64, 64), (0, 3, 64, 64)):
         images = torch.randn(shape)
-        expected = student(images)  # with gradients, and so as it is
         with torch.no_grad():
-            for layer, features in student(images).items():
-                torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-4)
+            for features, expected in zip(student(images).values(), student.feature_extractor(images), strict=True):
+                torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
     assert all(module.weight is weight for module, weight in zip(convolutions, packed, strict=True))
     with torch.no_grad(), pytest.raises(RuntimeError, match="should be the same"):
         student(torch.randn(1, 3, 64, 64).bfloat16())
@@ -288,9 +327,9 @@ def test_images_are_normalised_as_the_teacher_was_trained(backbone, mean):
         ({"layers": ["layer1", "layer1"]}, ValueError, "layers: .*each once"),
         ({"layers": "layer1"}, TypeError, "layers: wanted a list of names, got 'layer1'"),
         ({"combine_at": "64"}, ValueError, "combine_at: wanted 'image' or 'finest', got '64'"),
-        ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
-        ({"momentum": -1.0}, ValueError, "momentum value: -1.0"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay value: -1.0"),
+        ({"lr": -1.0}, ValueError, "lr: wanted a finite number of at least 0, got -1.0"),
+        ({"momentum": -1.0}, ValueError, "momentum: wanted a finite number of at least 0, got -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay: wanted a finite number of at least 0, got -1.0"),
         (
             {"teacher_weights": "nowhere.pth"},
             FileNotFoundError,

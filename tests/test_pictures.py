@@ -161,13 +161,20 @@ def test_histogram_command(checkpoint, images, tmp_path):
     assert (colours[:, 0] > colours[:, 2] + 30).any()  # red
 
 
-def test_errors_of_the_commands(checkpoint, images, tmp_path):
+def test_errors_of_the_commands(checkpoint, images, tmp_path, tmp_path_factory):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    broken = tmp_path_factory.mktemp("broken")
+    (broken / "x.png").write_bytes((images / "bad" / "0.png").read_bytes()[:200])
     for wrong, message in (
         (["levels", tmp_path / "none.ckpt", images, tmp_path], "FileNotFoundError: checkpoint: wanted a checkpoint"),
         (["levels", tmp_path / "text.ckpt", images, tmp_path], "ValueError: checkpoint: .* cannot be read"),
         (["levels", checkpoint, tmp_path, tmp_path / "out"], "ValueError: images: wanted a folder with images"),
-        (["levels", checkpoint, images / "bad", images / "bad"], "ValueError: output: wanted another folder"),
+        (["levels", checkpoint, images / "bad", images / "bad"], "ValueError: output: wanted a folder that does not"),
+        (["levels", checkpoint, images / "bad", images], "ValueError: output: wanted a folder that does not hold"),
+        (
+            ["levels", checkpoint, broken, tmp_path / "out"],
+            r"ValueError: images: wanted images that can be read, got .*x.png",
+        ),
         (
             ["levels", checkpoint, images / "bad", tmp_path / "out", "--masks", images],
             "ValueError: masks: wanted masks of images",

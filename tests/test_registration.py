@@ -10,6 +10,8 @@ from anomalib.models import get_model, list_models
 assert "stfpm_ext" in list_models()
 from anomalib_stfpm_ext import StfpmExt
 assert anomalib.models.StfpmExt is StfpmExt
+assert anomalib.models.image.StfpmExt is StfpmExt
+assert "StfpmExt" in anomalib.models.__all__
 assert sum(cls.__name__ == "StfpmExt" for cls in anomalib.models.AnomalibModule.__subclasses__()) == 1
 """
 
@@ -42,7 +44,8 @@ for model in (
     get_model("stfpm_ext", **off),
     get_model("StfpmExt", **off),
     *(get_model({"class_path": path, "init_args": off})
-      for path in ("StfpmExt", "anomalib.models.StfpmExt", "anomalib_stfpm_ext.StfpmExt")),
+      for path in ("StfpmExt", "anomalib.models.StfpmExt", "anomalib.models.image.StfpmExt",
+                   "anomalib_stfpm_ext.StfpmExt")),
 ):
     assert type(model).__name__ == "StfpmExt"
 """

@@ -227,7 +227,8 @@ def test_bad_arguments(checkpoint, folder, tmp_path):
         ([tmp_path / "model.ckpt", folder], "ValueError: model: .* cannot be read as a checkpoint"),
         ([tmp_path / "diary.csv", folder], "ValueError: model: wanted a checkpoint"),
         ([checkpoint, folder, "--csv", tmp_path / "diary.csv"], "ValueError: csv: wanted a new file"),
-        ([checkpoint, folder, "--overlays", folder], "ValueError: overlays: wanted another folder"),
+        ([checkpoint, folder, "--overlays", folder], "ValueError: overlays: wanted a folder that does not hold"),
+        ([checkpoint, folder, "--overlays", folder.parent], "ValueError: overlays: wanted a folder that does not hold"),
         ([checkpoint, folder, "--interval", "0"], "ValueError: interval: wanted more than 0"),
         ([checkpoint, folder, "--patience", "-1"], "ValueError: patience: wanted at least 0"),
     ):
@@ -268,6 +269,17 @@ def test_line(checkpoint, folder, tmp_path):
     assert process.returncode == 0
     assert told.count("waiting for it to come back") == told.count("is back") == 1
     assert told.endswith("stopped\n")
+
+
+def test_images_without_an_overlay_and_with_long_names_are_scored(checkpoint, folder, tmp_path, capsys):
+    long = f"{'x' * 251}.png"
+    shutil.copyfile(folder / "bad" / "0.png", folder / "bad" / long)
+    Image.new("RGB", (1, 1)).save(folder / "bad" / "tiny.png")
+    watch(checkpoint, folder / "bad", "--once", "--overlays", tmp_path / "overlays")
+    assert "tiny.png: no overlay, " in capsys.readouterr().err
+    assert rows(folder / "bad")["tiny.png"]["score"]
+    assert rows(folder / "bad")[long]["score"]
+    assert (tmp_path / "overlays" / long).exists()
 
 
 def test_full_disk_is_an_error_that_names_the_file(checkpoint, folder, tmp_path, monkeypatch):
