@@ -18,12 +18,11 @@ import jsonargparse
 import lightning
 import torch
 import torchvision
-from anomalib.utils.serialization import anomalib_safe_globals
 from timm.models import load_state_dict
 from torch import nn
 
 from .feature_pyramid import load_tensors, read_file
-from .lightning_model import StfpmExt
+from .lightning_model import StfpmExt, load_content
 from .scorer import fail
 from .teacher_checkpoint import CHECKPOINT_KEY as TEACHER_KEY
 
@@ -177,7 +176,7 @@ def _timm_names(weights: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _read_checkpoint(
     argument: str, path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None
 ) -> StfpmExt:
-    content = read_file(argument, path, "a checkpoint of anomalib's Stfpm", _load_checkpoint)
+    content = read_file(argument, path, "a checkpoint of anomalib's Stfpm", load_content)
     if TEACHER_KEY in content:
         wanted = "a checkpoint with a teacher, or else the model that StfpmExt.load_from_checkpoint makes of it"
         fail(ValueError, argument, wanted, f"{str(path)!r}, saved with save_teacher=False")
@@ -218,18 +217,6 @@ def _stage(name: str) -> int:
     """Return the number of the stage among an EfficientNet's blocks that a tensor belongs to, -1 for others."""
     match = re.search(r"\.feature_extractor\.blocks\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def _load_checkpoint(path: str) -> dict[str, Any]:
-    with anomalib_safe_globals():
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        msg = "it has no state_dict"
-        raise ValueError(msg)
-    if not isinstance(content.setdefault("hyper_parameters", {}), dict):
-        msg = "its hyper_parameters are no dictionary"
-        raise ValueError(msg)
-    return content
 
 
 def _agree(argument: str, given: Any, stored: Any, path: str | Path) -> Any:

@@ -356,6 +356,8 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> N
 
 def _good_images(dataset: Any) -> "np.ndarray[Any, Any]":
     """Return the indices of the good images; in a data set without anomalib's labels, all are."""
+    if isinstance(dataset, Subset):
+        return np.flatnonzero(np.isin(dataset.indices, _good_images(dataset.dataset)))
     if isinstance(dataset, AnomalibDataset):
         return np.flatnonzero(dataset.samples.label_index == LabelName.NORMAL)
     return np.arange(len(dataset))

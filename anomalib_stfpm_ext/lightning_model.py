@@ -18,6 +18,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from anomalib.utils.serialization import anomalib_safe_globals
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
@@ -29,6 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from .distributed import StudentSync, share_images
+from .feature_pyramid import read_file
 from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed, check_share
 from .kept_memory import HeldForFit, KeptMemory
 from .loss import StfpmExtLoss
@@ -63,6 +65,29 @@ class SentLoss(NamedTuple):
         if self.arrived is not None:
             self.arrived.synchronize()
         return float(self.value)
+
+
+def load_content(path: str) -> dict[str, Any]:
+    """Load a checkpoint of Lightning's, without running code from it.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        dict[str, Any]: Its content, on the CPU, with ``state_dict`` and ``hyper_parameters``.
+
+    Raises:
+        ValueError: If it has no state dict.
+    """
+    with anomalib_safe_globals():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        msg = "it has no state_dict"
+        raise ValueError(msg)
+    if not isinstance(content.setdefault("hyper_parameters", {}), dict):
+        msg = "its hyper_parameters are no dictionary"
+        raise ValueError(msg)
+    return content
 
 
 class ChoiceOfFit(HeldForFit):
@@ -569,11 +594,17 @@ class StfpmExt(AnomalibModule):
             StfpmExt: The model.
 
         Raises:
-            ValueError: If the checkpoint leaves the teacher out, and ``teacher_weights`` is not that teacher.
+            ValueError: If it is no checkpoint, or that of another network, or leaves the teacher out and
+                ``teacher_weights`` is not that teacher.
         """
         kwargs.setdefault("teacher_weights", False)
         kwargs.setdefault("seed", None)  # of the training; the caller's random numbers are not ours
-        model: StfpmExt = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        try:
+            model: StfpmExt = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except Exception:
+            if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
+                read_file("checkpoint_path", checkpoint_path, "a checkpoint", load_content)  # complains if that is it
+            raise
         return model
 
     @property

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.model_selection import train_test_split
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -281,6 +281,24 @@ def test_steps_that_end_within_an_epoch_end_with_a_validation(make_model, fit, i
     kept = model.post_processor.image_threshold.clone()
     Engine(**QUIET).validate(model, datamodule=folder(images))
     assert torch.equal(model.post_processor.image_threshold, kept)
+
+
+def test_files_that_are_no_checkpoints(make_model, fit, tmp_path):
+    whole = Path(fit(make_model(), epochs=1).best_model_path).read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        (tmp_path / "broken.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint_path: '.*broken.ckpt' cannot be read as a checkpoint"):
+            StfpmExt.load_from_checkpoint(tmp_path / "broken.ckpt")
+
+
+def test_defective_images_of_a_subset_are_not_held_out(make_model, images):
+    data = folder(images)
+    data.setup()
+    some = Subset(data.test_data, range(1, len(data.test_data)))
+    model = make_model(held_out_share=0.5)
+    Trainer(max_epochs=1, **QUIET).fit(model, DataLoader(some, batch_size=4, collate_fn=data.test_data.collate_fn))
+    labels = data.test_data.samples.label_index.to_numpy()[1:]
+    assert model.choice._num_images == -(-(labels == 0).sum() // 2)
 
 
 def test_checkpoints_of_other_networks(make_model, fit):
