@@ -24,6 +24,23 @@ def preamble(request):
     return PREAMBLE + request.param + "expected = np.asarray(anomaly_map(*features, (256, 256))[0]).tobytes()\n"
 
 
+def test_unknown_instruction_set_is_an_error_on_many_threads_too(python):
+    python(
+        """
+import numpy as np
+from anomalib_stfpm_ext import anomaly_map
+features = [np.ones((4, 64, 64, 64), np.float32)]
+try:
+    anomaly_map(features, features, (256, 256))
+except ValueError as error:
+    assert "STFPM_EXT_ISA is 'avx3', but this machine runs" in str(error)
+else:
+    raise SystemExit("no error")
+""",
+        STFPM_EXT_ISA="avx3",
+    )
+
+
 def test_eight_threads_at_once(python, preamble):
     python(
         preamble

@@ -166,6 +166,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
 }  // namespace
 
 void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads) {
+  kernels();  // throws where STFPM_EXT_ISA names none, which a thread of the team must not
   if (params.dtype == DType::kFloat64)
     anomaly_map_of<double>(params, num_threads);
   else
