@@ -363,37 +363,24 @@ def _good_images(dataset: Any) -> "np.ndarray[Any, Any]":
     return np.arange(len(dataset))
 
 
-def check_loader(argument: str, wanted: str, loader: Any) -> Any:
-    """Return a loader if :func:`same_loader` can make another of it.
-
-    Args:
-        argument (str): The argument that asks for it, for the error.
-        wanted (str): What it asks for.
-        loader (Any): The loader.
-
-    Returns:
-        Any: The loader.
-
-    Raises:
-        ValueError: If it is another kind of loader.
-    """
-    if type(loader) is not DataLoader:
-        fail(ValueError, argument, wanted, type(loader).__qualname__)
-    if isinstance(loader.dataset, IterableDataset):
-        fail(ValueError, argument, wanted, f"the iterable {type(loader.dataset).__qualname__}")
-    if loader.batch_size is None:
-        fail(ValueError, argument, wanted, "a DataLoader with a batch_sampler or without batches")
-    return loader
-
-
 def _check_splittable(loader: Any) -> Any:
-    """Return the loader if its images can be split, otherwise raise."""
-    wanted = "training images in one DataLoader, all in each epoch, that can be split (or 0 to hold nothing out)"
-    sampler: Any = check_loader("held_out_share", wanted, loader).sampler
-    if type(sampler) not in (RandomSampler, SequentialSampler) or getattr(sampler, "replacement", False):
-        fail(ValueError, "held_out_share", wanted, f"a DataLoader with {type(sampler).__qualname__} as sampler")
-    if len(sampler) != len(loader.dataset):
-        fail(ValueError, "held_out_share", wanted, f"a sampler of {len(sampler)} of {len(loader.dataset)} images")
+    """Return the loader if its images can be split, and :func:`same_loader` can make another of it; otherwise raise."""
+    dataset: Any = getattr(loader, "dataset", None)
+    sampler: Any = getattr(loader, "sampler", None)
+    got = None
+    if type(loader) is not DataLoader:
+        got = type(loader).__qualname__
+    elif isinstance(dataset, IterableDataset):
+        got = f"the iterable {type(dataset).__qualname__}"
+    elif loader.batch_size is None:
+        got = "a DataLoader with a batch_sampler or without batches"
+    elif type(sampler) not in (RandomSampler, SequentialSampler) or getattr(sampler, "replacement", False):
+        got = f"a DataLoader with {type(sampler).__qualname__} as sampler"
+    elif len(sampler) != len(dataset):
+        got = f"a sampler of {len(sampler)} of {len(dataset)} images"
+    if got:
+        wanted = "training images in one DataLoader, all in each epoch, that can be split (or 0 to hold nothing out)"
+        fail(ValueError, "held_out_share", wanted, got)
     return loader
 
 

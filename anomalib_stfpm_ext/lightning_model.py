@@ -35,7 +35,7 @@ from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed,
 from .kept_memory import HeldForFit, KeptMemory
 from .loss import StfpmExtLoss
 from .scorer import fail
-from .teacher_cache import TeacherCache
+from .teacher_cache import CacheLocation, TeacherCache
 from .teacher_checkpoint import bring_back, leave_out
 from .torch_model import CompileMode, StfpmExtModel
 
@@ -153,10 +153,11 @@ class StfpmExt(AnomalibModule):
         save_teacher (bool): Whether checkpoints hold the teacher, half of the model. With ``False`` they name it by its
             backbone and checksum, and whoever loads one gives the same ``teacher_weights`` again; others are an error.
             Exports hold the teacher all the same. Defaults to ``True``.
-        teacher_cache (Literal["memory", "disk"] | None): Where the teacher's features are kept from the first epoch to
-            the end of the fit, so that later epochs run without a teacher: same losses. ``"disk"`` is the folder for
-            temporary files (``TMPDIR``). Wants images that are the same in every epoch, so no random augmentation.
-            Defaults to ``None``, which keeps none.
+        teacher_cache (Literal["auto", "memory", "disk"] | None): Where the teacher's features are kept from the first
+            epoch to the end of the fit, so that later epochs run without a teacher: same losses. ``"memory"`` and
+            ``"disk"``, the folder for temporary files (``TMPDIR``), want images that are the same in every epoch, so no
+            random augmentation, and room for all. ``"auto"`` is memory where that is so, on a CPU, and a quarter of
+            what is free will do; ``None`` keeps none. Defaults to ``"auto"``.
         teacher_cache_half (bool): Keep them in float16, half the space; losses differ slightly. Defaults to ``False``.
         compile_mode (Literal["default", "reduce-overhead", "max-autotune"] | None): Have ``torch.compile`` compile
             inference in this mode, once for each size of images; the last two replay CUDA graphs on a GPU. Neither
@@ -201,7 +202,7 @@ class StfpmExt(AnomalibModule):
         ema_decay: float | None = None,
         seed: int | None = None,
         save_teacher: bool = True,
-        teacher_cache: Literal["memory", "disk"] | None = None,
+        teacher_cache: CacheLocation | None = "auto",
         teacher_cache_half: bool = False,
         compile_mode: CompileMode | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -236,8 +237,9 @@ class StfpmExt(AnomalibModule):
         if not isinstance(save_teacher, bool):
             fail(TypeError, "save_teacher", "True or False", repr(save_teacher))
         self.save_teacher = save_teacher
-        wants_cache = teacher_cache is not None or teacher_cache_half
-        self.cache = TeacherCache(teacher_cache, teacher_cache_half) if wants_cache else None
+        if teacher_cache is None and teacher_cache_half:
+            fail(ValueError, "teacher_cache_half", "False where teacher_cache is None", teacher_cache_half)
+        self.cache = None if teacher_cache is None else TeacherCache(teacher_cache, teacher_cache_half)
         self.lr_schedule, self.ema_decay = lr_schedule, ema_decay
         self.choice: StudentChoice | None = None
         self._losses: deque[SentLoss] = deque()
@@ -360,10 +362,6 @@ class StfpmExt(AnomalibModule):
             self.choice = StudentChoice(student, self.held_out_share, self.seed or 0, self.ema_decay)
             self.choice.start(self.trainer, self._resumed_choice)
         self._resumed_choice = None
-        if self.cache:
-            self.cache.start(self.trainer, self.pre_processor)
-            if self.choice and self.choice.loader:
-                self.choice.loader = self.cache.number(self.choice.loader)
 
     def teacher_features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """Return what the cache has or computes of a batch of training or held-out images.
@@ -374,7 +372,7 @@ class StfpmExt(AnomalibModule):
         Returns:
             dict[str, torch.Tensor] | None: The teacher's features by level, ``None`` without a cache.
         """
-        return self.cache.features(batch, self.model.teacher_features) if self.cache else None
+        return self.cache.features(batch.image, self.model.teacher_features) if self.cache else None
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what lasts as long as a fit to anomalib's callbacks: the choice of the student, kept memory, the cache.
@@ -382,7 +380,7 @@ class StfpmExt(AnomalibModule):
         Returns:
             Sequence[Callback]: The callbacks.
         """
-        held = [ChoiceOfFit(self), KeptMemory(), *([self.cache] if self.cache else [])]
+        held = [ChoiceOfFit(self), *([self.cache] if self.cache else []), KeptMemory()]  # which trims what others free
         return [*super().configure_callbacks(), *held]
 
     def on_train_start(self) -> None:

@@ -2,27 +2,28 @@
 
 """The teacher's features, computed once and kept: the teacher never changes, nor do images without augmentation."""
 
+import hashlib
 import math
 import os
 import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.spec import transform_to_spec
-from lightning.pytorch import Trainer
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Subset
 
-from .held_out import check_loader, same_loader
 from .kept_memory import HeldForFit
 from .scorer import fail
 
 Features = dict[str, torch.Tensor]
+CacheLocation = Literal["auto", "memory", "disk"]
+AUTO_SHARE = 4  # "auto" takes a quarter of the free memory at most
 # Limit and usage of a container's memory, and the name of what can be had back: control groups of version 2 and of 1.
 _CONTAINER = Path("/sys/fs/cgroup")
 _CONTAINER_LIMITS = (
@@ -43,14 +44,15 @@ class _Level(NamedTuple):
 class TeacherCache(HeldForFit):
     """Keeps the teacher's features of all images of a fit, until the fit ends.
 
-    An image is known by its number in the data set, which travels with it through samplers, workers and processes. A
-    checksum goes with it: an image that the data set changes is an error, and never a wrong loss. (What a callback does
-    to a batch later is not noticed.) Of several processes, each keeps the features of those images that it has come
-    across. Nothing of it is in a checkpoint.
+    An image is known by a hash of its pixels as the network gets them, so that wherever it comes from, and whatever
+    callbacks do to it, its features are its own. Of several processes, each keeps the features of those images that it
+    has come across. Nothing of it is in a checkpoint.
 
     Args:
-        location (str | None): ``"memory"``, or ``"disk"`` for files in the folder for temporary files (``TMPDIR``). The
-            files have no names, so they go with the process, whatever becomes of it.
+        location (str): ``"memory"``, or ``"disk"`` for files in the folder for temporary files (``TMPDIR``). The files
+            have no names, so they go with the process, whatever becomes of it. ``"auto"``: memory on a CPU where a
+            quarter of what is free will do, otherwise nothing is kept; nor any longer, where images turn out not to be
+            the same in every epoch, which is an error for the other two.
         half (bool): Keep float16 instead of the teacher's dtype.
 
     Raises:
@@ -58,13 +60,11 @@ class TeacherCache(HeldForFit):
         TypeError: If ``half`` is not a bool.
     """
 
-    def __init__(self, location: str | None, half: bool = False) -> None:
+    def __init__(self, location: CacheLocation, half: bool = False) -> None:
         if not isinstance(half, bool):
             fail(TypeError, "teacher_cache_half", "True or False", repr(half))
-        if location not in ("memory", "disk"):
-            fail(
-                ValueError, "teacher_cache", "'memory' or 'disk', or neither it nor teacher_cache_half", repr(location)
-            )
+        if location not in get_args(CacheLocation):
+            fail(ValueError, "teacher_cache", f"one of {get_args(CacheLocation)} or None", repr(location))
         self.location, self.half = location, half
         self.release()
 
@@ -74,107 +74,94 @@ class TeacherCache(HeldForFit):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def start(self, trainer: Trainer, pre_processor: nn.Module | None) -> None:
-        """Number the training images, before Lightning asks for them.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to keep features.
 
         Args:
             trainer (Trainer): Trainer at the start of its fit.
-            pre_processor (nn.Module | None): The model's, which transforms every batch.
+            pl_module (LightningModule): The model.
 
         Raises:
-            ValueError: If the images cannot be numbered, or may differ from epoch to epoch.
+            ValueError: If the images are not known to be the same in every epoch.
         """
-        if pre_processor is not None and type(pre_processor) is not PreProcessor:
-            wanted = f"{_WANTED}: anomalib's own PreProcessor as pre_processor, or none"
-            fail(ValueError, "teacher_cache", wanted, type(pre_processor).__qualname__)
-        _check_transform("pre_processor", getattr(pre_processor, "transform", None))
-        source = trainer.fit_loop._data_source  # Lightning has no public way to a loader that was given to fit()
-        reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if source.is_module() and reload:
-            fail(ValueError, "teacher_cache", _WANTED, f"reload_dataloaders_every_n_epochs={reload}")
         self.release()
-        self._num_processes = trainer.num_devices  # those on this machine
-        source.instance = self.number(source.dataloader())
-        trainer.fit_loop._combined_loader = None  # without numbers, which a learning rate finder may have left
+        try:
+            if self.location == "auto" and trainer.strategy.root_device.type != "cpu":
+                return  # a GPU would wait for the features longer than it takes to compute them
+            model: Any = pl_module
+            held_out = model.choice and model.choice.loader
+            _check_transform("pre_processor", getattr(model.pre_processor, "transform", None))
+            self._num_images = sum(map(_count_images, [trainer.train_dataloader, *([held_out] if held_out else [])]))
+            self._num_processes = trainer.num_devices  # those on this machine
+        except ValueError as error:
+            self._give_up(error)
 
-    def number(self, loader: Any) -> DataLoader[Any]:
-        """Number the images of a loader, on from those before.
-
-        Args:
-            loader (Any): The loader.
-
-        Returns:
-            DataLoader[Any]: The same batches, which :meth:`features` knows.
-
-        Raises:
-            ValueError: If the images cannot be numbered, or may differ from epoch to epoch.
-        """
-        check_loader("teacher_cache", f"{_WANTED}, in one DataLoader", loader)
-        dataset = loader.dataset
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
-        _check_transform("train_augmentations", getattr(dataset, "augmentations", None))
-        numbered = same_loader(
-            loader,
-            _Numbered(loader.dataset, self._num_images),
-            sampler=loader.sampler,
-            drop_last=loader.drop_last,
-            generator=loader.generator,
-        )
-        numbered.collate_fn = _Collate(loader.collate_fn)
-        self._num_images += len(loader.dataset)
-        return numbered
-
-    def features(self, batch: Any, teacher: Callable[[torch.Tensor], Features]) -> Features:
+    def features(self, images: torch.Tensor, teacher: Callable[[torch.Tensor], Features]) -> Features:
         """Return the teacher's features of a batch; they are computed where one of the images is new.
 
         Args:
-            batch (Any): A batch of a numbered loader, on the model's device.
+            images (torch.Tensor): Images ``(B, 3, H, W)`` as the teacher gets them.
             teacher (Callable[[torch.Tensor], Features]): Computes features of images.
 
         Returns:
             Features: Features ``(B, C, H_l, W_l)`` by level, in the dtype and layout in which the teacher gives them.
 
         Raises:
-            ValueError: If an image has changed, or features do not fit.
+            ValueError: If there are more images than there should be, or features do not fit.
         """
-        if not self._num_images:  # a learning rate finder, which goes before the start
-            return teacher(batch.image)
-        numbers, checksums = batch.numbers_and_checksums
-        for number, checksum in zip(numbers, checksums, strict=True):
-            if self._checksums.get(number, checksum) != checksum:
-                fail(ValueError, "teacher_cache", f"{_WANTED}, not augmented", f"another image {number} than before")
-        rows = torch.tensor(numbers)
-        if self._checksums.keys() >= set(numbers):
-            return {name: _read(level, rows, batch.image.device) for name, level in self._levels.items()}
-        features = teacher(batch.image)
-        if not self._levels:
-            self._allocate(features)
-        for name, level in self._levels.items():
-            _write(level, rows, features[name])
-        self._checksums.update(zip(numbers, checksums, strict=True))
+        if not self._num_images:  # before the start, as a learning rate finder is, or after giving up
+            return teacher(images)
+        keys = _hashes(images)
+        if self._rows.keys() >= set(keys):
+            rows = torch.tensor([self._rows[key] for key in keys])
+            return {name: _read(level, rows, images.device) for name, level in self._levels.items()}
+        features = teacher(images)
+        try:
+            self._keep(keys, features)
+        except ValueError as error:
+            self._give_up(error)
         return features
 
     def release(self) -> None:
         """Let go of the features."""
         self._num_images, self._num_processes = 0, 1
         self._levels: dict[str, _Level] = {}
-        self._checksums: dict[int, int] = {}
+        self._rows: dict[bytes, int] = {}  # by the hash of the image
+
+    def _give_up(self, reason: ValueError) -> None:
+        """Go on without features, where that was left to the cache; otherwise raise the reason."""
+        if self.location != "auto":
+            raise reason
+        rank_zero_info(f"The teacher's features are not kept between epochs. {reason}")
+        self.release()
+
+    def _keep(self, keys: list[bytes], features: Features) -> None:
+        if not self._levels:
+            self._allocate(features)
+        new = {key: index for index, key in enumerate(keys) if key not in self._rows}
+        rows = range(len(self._rows), len(self._rows) + len(new))
+        if rows.stop > self._num_images:
+            fail(ValueError, "teacher_cache", _WANTED, f"more than the {self._num_images} images of an epoch")
+        for name, level in self._levels.items():
+            _write(level, rows, features[name], list(new.values()))
+        self._rows.update(zip(new, rows, strict=True))
 
     def _allocate(self, features: Features) -> None:
         """Find room for the features of all images, given those of some."""
         dtypes = {name: torch.float16 if self.half else level.dtype for name, level in features.items()}
         of_image = sum(level[0].numel() * dtypes[name].itemsize for name, level in features.items())
-        if self.location == "memory":
-            size, free = self._num_images * of_image * self._num_processes, _free_memory()
-            where = "in memory"
-        else:
+        if self.location == "disk":
             size, free = self._num_images * of_image, shutil.disk_usage(tempfile.gettempdir()).free
             where = f"in {tempfile.gettempdir()}, which TMPDIR names"
+        else:
+            size, free = self._num_images * of_image * self._num_processes, _free_memory()
+            where = "in memory"
+        if self.location == "auto":
+            free, where = free // AUTO_SHARE, f"in 1/{AUTO_SHARE} of the free memory"
         if size > free:
             wanted = f"{size / 1e6:,.1f} MB {where}, for the teacher's features of {self._num_images} images"
             fail(ValueError, "teacher_cache", wanted, f"{free / 1e6:,.1f} MB")
-        allocate = torch.empty if self.location == "memory" else _on_disk
+        allocate = _on_disk if self.location == "disk" else torch.empty
         for name, level in features.items():
             channels_last = level.is_contiguous(memory_format=torch.channels_last)
             shape = level.permute(0, 2, 3, 1).shape if channels_last else level.shape
@@ -190,7 +177,7 @@ def _read(level: _Level, rows: torch.Tensor, device: torch.device) -> torch.Tens
     return features.permute(0, 3, 1, 2) if level.channels_last else features
 
 
-def _write(level: _Level, rows: torch.Tensor, features: torch.Tensor) -> None:
+def _write(level: _Level, rows: range, features: torch.Tensor, chosen: list[int]) -> None:
     features = features.permute(0, 2, 3, 1) if level.channels_last else features
     if features.shape[1:] != level.rows.shape[1:]:
         wanted = f"images of one size, with features {tuple(level.rows.shape[1:])}"
@@ -198,7 +185,19 @@ def _write(level: _Level, rows: torch.Tensor, features: torch.Tensor) -> None:
     most = torch.finfo(level.rows.dtype).max
     if level.rows.dtype != level.dtype and features.abs().max() > most:
         fail(ValueError, "teacher_cache_half", f"features of at most {most:.0f}", f"{features.abs().max():.4g}")
-    level.rows.index_copy_(0, rows, features.to("cpu", level.rows.dtype))
+    level.rows[rows.start : rows.stop] = features if len(chosen) == len(features) else features[chosen]
+
+
+def _hashes(images: torch.Tensor) -> list[bytes]:
+    """Hash each image, on as many threads as torch has."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(_hash, images.cpu().contiguous()))
+
+
+def _hash(image: torch.Tensor) -> bytes:
+    key = hashlib.blake2b(str((image.dtype, image.shape)).encode(), digest_size=16)
+    key.update(image.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return key.digest()
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -238,28 +237,15 @@ def _check_transform(argument: str, transform: Any) -> None:
         fail(ValueError, "teacher_cache", f"{_WANTED}, so no random {argument}", error)
 
 
-class _Numbered(Dataset[Any]):
-    """The images of a data set, each with its number."""
-
-    def __init__(self, dataset: Any, first: int) -> None:
-        self.dataset, self.first = dataset, first
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return self.first + index, self.dataset[index]
-
-
-class _Collate:
-    """Makes a batch, to which numbers and checksums of the images are attached."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: Iterable[tuple[int, Any]]) -> Any:
-        numbers, images = zip(*items, strict=True)
-        batch = self.collate(list(images))
-        checksums = [zlib.crc32(image.contiguous().view(torch.uint8).numpy()) for image in batch.image]
-        batch.numbers_and_checksums = (numbers, checksums)
-        return batch
+def _count_images(loader: Any) -> int:
+    """Count the images of a loader; raise where there is no telling, or they are augmented at random."""
+    wanted = f"{_WANTED}, in one DataLoader whose images can be counted"
+    dataset = source = getattr(loader, "dataset", None)
+    while isinstance(source, Subset):
+        source = source.dataset
+    _check_transform("train_augmentations", getattr(source, "augmentations", None))
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        of = "" if dataset is None else f" of {type(dataset).__qualname__}"
+        fail(ValueError, "teacher_cache", wanted, f"{type(loader).__qualname__}{of}")

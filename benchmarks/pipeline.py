@@ -37,7 +37,6 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
-from anomalib_stfpm_ext.teacher_cache import TeacherCache
 
 try:
     import openvino
@@ -185,21 +184,20 @@ class LastEpoch(Callback):
 
 
 def measure_epochs(images: Path, device: torch.device, workers: int, batch: int, rounds: int) -> dict[str, float]:
-    """Time a training epoch of both models on the same images, ours with and without the choice of the student.
+    """Time a training epoch of both models on the same images, ours also with a fifth of them held out.
 
-    Where the teacher's features are kept, it is the second epoch, the first that runs without a teacher.
+    In our first epoch the teacher runs, on a CPU, and in later ones it does not: its features were kept.
     """
 
-    def fit(name: str, held_out_share: float = 0.0, teacher_cache: str | None = None) -> float:
+    def fit(name: str, epochs: int = 1, held_out_share: float = 0.0) -> float:
         model: Any = make_models(device)[name].train()
         if name == "StfpmExt":
             model.held_out_share = held_out_share
-            model.cache = teacher_cache and TeacherCache(teacher_cache)
         timer = LastEpoch()
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            max_epochs=2 if teacher_cache else 1,
+            max_epochs=epochs,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             logger=False,
@@ -222,9 +220,10 @@ def measure_epochs(images: Path, device: torch.device, workers: int, batch: int,
 
     fits = {
         "Stfpm": partial(fit, "Stfpm"),
-        "StfpmExt": partial(fit, "StfpmExt"),
-        "StfpmExt, student chosen": partial(fit, "StfpmExt", held_out_share=0.2),
-        "StfpmExt, teacher's features kept": partial(fit, "StfpmExt", teacher_cache="memory"),
+        "StfpmExt, the first": partial(fit, "StfpmExt"),
+        "StfpmExt, later ones": partial(fit, "StfpmExt", epochs=2),
+        "StfpmExt, the first, a fifth held out": partial(fit, "StfpmExt", held_out_share=0.2),
+        "StfpmExt, later ones, a fifth held out": partial(fit, "StfpmExt", epochs=2, held_out_share=0.2),
     }
     return time_in_turns(fits, 0.0, clock=lambda fit: fit(), turns=rounds)
 

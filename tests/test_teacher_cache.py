@@ -3,20 +3,22 @@
 """The teacher's features, kept between epochs: same losses, fewer runs of the teacher, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from anomalib.callbacks import TilerConfigurationCallback
-from anomalib.data import ImageBatch, ImageItem
+from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from conftest import folder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 from anomalib_stfpm_ext import StfpmExt, teacher_cache
@@ -85,17 +87,17 @@ def same_run(first: tuple[StfpmExt, Record], second: tuple[StfpmExt, Record]) ->
 
 @pytest.mark.parametrize("options", [{}, {"held_out_share": 0}, {"held_out_share": 0, "ema_decay": 0.5}], ids=str)
 def test_same_bits_and_the_teacher_runs_in_the_first_epoch_only(fit, options):
-    plain = fit(**options)
+    plain = fit(**options, teacher_cache=None)
     assert (plain[1].images, plain[1].count) == ([0, 8, 16], 24)
     assert len(set(plain[1].losses)) == 6
-    for location in ("memory", "disk"):
-        cached = fit(**options, teacher_cache=location)
+    for cache in ({}, {"teacher_cache": "memory"}, {"teacher_cache": "disk"}):
+        cached = fit(**options, **cache)
         assert same_run(cached, plain)
         assert (cached[1].images, cached[1].count) == ([0, 8, 8], 8)
 
 
 def test_half_precision_comes_near(fit):
-    plain, half = fit(), fit(teacher_cache="memory", teacher_cache_half=True)
+    plain, half = fit(teacher_cache=None), fit(teacher_cache="memory", teacher_cache_half=True)
     assert half[1].losses[:2] == plain[1].losses[:2]
     assert half[1].losses[2:] != plain[1].losses[2:]
     assert half[1].losses == pytest.approx(plain[1].losses, rel=1e-4)
@@ -120,7 +122,7 @@ def test_same_bits_however_one_trains(fit, images, arguments):
         settings = cache | arguments.get("arguments", {})
         return fit(*arguments.get("callbacks", []), data=data, trainer=arguments.get("trainer"), **settings)
 
-    plain, cached = run(), run(teacher_cache="memory")
+    plain, cached = run(teacher_cache=None), run(teacher_cache="memory")
     assert same_run(cached, plain)
     assert cached[1].count < plain[1].count
 
@@ -151,6 +153,13 @@ def collate(items) -> ImageBatch:
     return ImageBatch(image=torch.stack([image for image, _ in items]))
 
 
+class Stream(IterableDataset):
+    """Images that come without a number."""
+
+    def __iter__(self):
+        return iter(Pairs())
+
+
 def test_loader_of_the_users_own(fit):
     loader = DataLoader(Pairs(), batch_size=2, shuffle=True, drop_last=True, collate_fn=collate, num_workers=1)
     runs = [fit(loader=loader, teacher_cache=location, held_out_share=0.25) for location in (None, "memory")]
@@ -162,7 +171,7 @@ def test_loader_of_the_users_own(fit):
 def test_images_that_change_are_refused(fit, images):
     loader = DataLoader(Pairs(noise=0.1), batch_size=2, collate_fn=collate)
     wanted = "teacher_cache: wanted images that are the same in every epoch"
-    with pytest.raises(ValueError, match=f"{wanted}, not augmented, got another image 2 than before"):
+    with pytest.raises(ValueError, match=f"{wanted}, got more than the 4 images of an epoch"):
         fit(loader=loader, teacher_cache="memory", held_out_share=0)
     with pytest.raises(ValueError, match=r"teacher_cache: wanted images of one size, with features .*12, 16.*8, 16"):
         fit(
@@ -172,9 +181,6 @@ def test_images_that_change_are_refused(fit, images):
             pre_processor=False,
         )
 
-    class Own(PreProcessor):
-        pass
-
     flip = v2.RandomHorizontalFlip()
     for arguments, got in (
         (
@@ -183,22 +189,63 @@ def test_images_that_change_are_refused(fit, images):
         ),
         ({"data": folder(images, augmentations=v2.Compose([flip]))}, "no random train_augmentations, got .*Horizontal"),
         ({"pre_processor": PreProcessor(flip)}, "no random pre_processor, got .*RandomHorizontalFlip"),
-        ({"pre_processor": Own()}, "anomalib's own PreProcessor as pre_processor, or none, got .*Own"),
-        (
-            {"trainer": {"reload_dataloaders_every_n_epochs": 1}, "held_out_share": 0},
-            "got reload_dataloaders_every.*=1",
-        ),
-        ({"loader": [loader], "held_out_share": 0}, "in one DataLoader, got list"),
-        (
-            {
-                "loader": DataLoader(Pairs(), batch_sampler=BatchSampler(range(4), 2, False), collate_fn=collate),
-                "held_out_share": 0,
-            },
-            "in one DataLoader, got a DataLoader with a batch_sampler",
-        ),
+        ({"loader": [loader], "held_out_share": 0}, "in one DataLoader whose images can be counted, got list"),
+        ({"loader": DataLoader(Stream(), collate_fn=collate), "held_out_share": 0}, "got DataLoader of Stream"),
     ):
         with pytest.raises(ValueError, match=f"{wanted}.*{got}"):
             fit(teacher_cache="memory", **arguments)
+
+
+class Brighter(Callback):
+    """Changes batches after they were loaded, in each epoch in another way."""
+
+    def on_train_batch_start(self, trainer, _module, batch, _index):
+        batch.image = batch.image * (1 + trainer.current_epoch)
+
+
+def test_images_that_change_keep_no_features_by_default(fit, images, caplog, monkeypatch):
+    noisy = DataLoader(Pairs(noise=0.1), batch_size=2, collate_fn=collate)
+    for arguments, reason in (
+        ({"data": folder(images, train_augmentations=v2.RandomHorizontalFlip())}, "no random train_augmentations"),
+        ({"pre_processor": PreProcessor(v2.RandomHorizontalFlip())}, "no random pre_processor"),
+        ({"loader": noisy, "held_out_share": 0}, "more than the 4 images of an epoch"),
+        ({"loader": DataLoader(Stream(), collate_fn=collate), "held_out_share": 0}, "got DataLoader of Stream"),
+        ({"callbacks": [Brighter()]}, "more than the 8 images of an epoch"),
+        ({"free": 10**6}, "wanted 0.3 MB in 1/4 of the free memory, for .* of 8 images, got 0.2 MB"),
+    ):
+        settings = dict(arguments)
+        callbacks = settings.pop("callbacks", [])
+        if free := settings.pop("free", None):
+            monkeypatch.setattr(teacher_cache, "_free_memory", lambda free=free: free)
+        runs = []
+        for cache in ({"teacher_cache": None}, {}):
+            caplog.clear()
+            runs.append(fit(*callbacks, **settings, **cache))
+        assert same_run(*runs)
+        assert len(re.findall(f"features are not kept between epochs.*{reason}", caplog.text)) == 1
+
+
+def test_no_features_are_kept_on_a_gpu_by_default():
+    cache = TeacherCache("auto")
+    cache.on_train_start(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda"))), None)
+    images = torch.zeros(2, 3, 8, 8)
+    for _ in range(2):
+        assert cache.features(images, lambda images: {"layer1": images})["layer1"] is images
+
+
+def test_wherever_images_come_from(fit):
+    class Own(PreProcessor):
+        pass
+
+    batches = DataLoader(Pairs(), batch_sampler=BatchSampler(range(4), 2, False), collate_fn=collate)
+    for arguments in (
+        {"pre_processor": Own(StfpmExt.configure_pre_processor((48, 64)).transform)},
+        {"loader": batches, "held_out_share": 0},
+        {"trainer": {"reload_dataloaders_every_n_epochs": 1}, "held_out_share": 0},
+    ):
+        plain, cached = fit(teacher_cache=None, **arguments), fit(teacher_cache="memory", **arguments)
+        assert same_run(cached, plain)
+        assert cached[1].count * 3 == plain[1].count
 
 
 @pytest.mark.parametrize("location", ["memory", "disk"])
@@ -271,9 +318,13 @@ def test_nothing_is_left_behind(fit, tmp_path, monkeypatch, fails):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"teacher_cache": "ram"}, ValueError, "teacher_cache: wanted 'memory' or 'disk', .*, got 'ram'"),
+        ({"teacher_cache": "ram"}, ValueError, "teacher_cache: wanted one of .*'memory', 'disk'.* or None, got 'ram'"),
         ({"teacher_cache": ""}, ValueError, "teacher_cache: .*got ''"),
-        ({"teacher_cache_half": True}, ValueError, "teacher_cache: wanted .* nor teacher_cache_half, got None"),
+        (
+            {"teacher_cache": None, "teacher_cache_half": True},
+            ValueError,
+            "teacher_cache_half: wanted False where teacher_cache is None, got True",
+        ),
         ({"teacher_cache": "disk", "teacher_cache_half": "yes"}, TypeError, "teacher_cache_half: .*got 'yes'"),
     ],
 )
@@ -286,23 +337,21 @@ def test_bad_arguments(make_model, arguments, error, message):
 @pytest.mark.parametrize("half", [False, True])
 def test_features_come_back_in_dtype_and_layout_of_the_teacher(layout, half):
     cache = TeacherCache("memory", half)
-    images = [ImageItem(image=image) for image in torch.rand(6, 3, 8, 8)]
-    loader = cache.number(DataLoader(images, batch_size=2, shuffle=True, collate_fn=ImageBatch.collate))
+    cache._num_images = 6
+    images = torch.rand(6, 3, 8, 8)
+    images[1] = images[0]
 
     def teacher(images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"layer1": images.bfloat16().contiguous(memory_format=layout)}
 
-    first = {number: features for batch in loader for number, features in rows(batch, cache.features(batch, teacher))}
-    again = {number: features for batch in loader for number, features in rows(batch, cache.features(batch, None))}
-    assert first.keys() == again.keys() == set(range(6))
+    for numbers in ([0, 1, 2], [2, 3], [4, 5]):
+        cache.features(images[numbers], teacher)
+    assert len(cache._rows) == 5
     assert cache._levels["layer1"].rows.dtype == (torch.float16 if half else torch.bfloat16)
-    for number, features in first.items():
-        assert torch.equal(features, again[number])  # float16 holds bfloat16 from 0 to 1
-        assert (features.dtype, features.stride()) == (again[number].dtype, again[number].stride())
-
-
-def rows(batch: ImageBatch, features: dict[str, torch.Tensor]):
-    return zip(batch.numbers_and_checksums[0], features["layer1"], strict=True)
+    batch = images[torch.randperm(6)]
+    expected, features = teacher(batch)["layer1"], cache.features(batch, None)["layer1"]
+    assert torch.equal(features, expected)  # float16 holds bfloat16 from 0 to 1
+    assert (features.dtype, features.stride()) == (expected.dtype, expected.stride())
 
 
 def test_checkpoints_and_exports_hold_no_features(fit, tmp_path):
@@ -321,7 +370,7 @@ def test_checkpoints_and_exports_hold_no_features(fit, tmp_path):
 
 
 def test_resumed_run_ends_as_the_unbroken_one(fit, images, tmp_path, make_model):
-    unbroken = fit()
+    unbroken = fit(teacher_cache=None)
     fit(teacher_cache="memory", trainer={"max_epochs": 2})
     model = make_model(teacher_cache="disk")
     engine = Engine(max_epochs=3, limit_val_batches=0, default_root_dir=tmp_path, **QUIET)
