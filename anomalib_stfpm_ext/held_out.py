@@ -134,7 +134,7 @@ class StudentChoice:
                 batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
                 if isinstance(module.pre_processor, Callback):
                     module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-                means = module.model(batch.image, module.teacher_features(batch)).anomaly_map.mean((1, 2, 3))
+                means = module.model(batch.image, module.cached_teacher).anomaly_map.mean((1, 2, 3))
                 sum_and_count += torch.tensor([means.cpu().double().sum(), len(means)], dtype=torch.float64)
         module.model.train(training)
         if trainer.world_size > 1:

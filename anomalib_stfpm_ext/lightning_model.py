@@ -4,7 +4,8 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -257,7 +258,7 @@ class StfpmExt(AnomalibModule):
             STEP_OUTPUT: The loss.
         """
         del args, kwargs
-        teacher, student = self.model(batch.image, self.teacher_features(batch))
+        teacher, student = self.model(batch.image, self.cached_teacher)
         loss = self.loss(teacher, student)
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image), sync_dist=True)
         return {"loss": loss}
@@ -363,16 +364,15 @@ class StfpmExt(AnomalibModule):
             self.choice.start(self.trainer, self._resumed_choice)
         self._resumed_choice = None
 
-    def teacher_features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
-        """Return what the cache has or computes of a batch of training or held-out images.
-
-        Args:
-            batch (Batch): Images ``(B, 3, H, W)``.
+    @property
+    def cached_teacher(self) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
+        """The teacher of training and held-out images, whose features are computed once.
 
         Returns:
-            dict[str, torch.Tensor] | None: The teacher's features by level, ``None`` without a cache.
+            Callable[[torch.Tensor], dict[str, torch.Tensor]] | None: Takes images ``(B, 3, H, W)`` and returns features
+                by level. ``None`` without a cache.
         """
-        return self.cache.features(batch.image, self.model.teacher_features) if self.cache else None
+        return partial(self.cache.features, teacher=self.model.teacher_features) if self.cache else None
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what lasts as long as a fit to anomalib's callbacks: the choice of the student, kept memory, the cache.

@@ -73,14 +73,14 @@ class StfpmExtModel(nn.Module):
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions; the scorer reads any
 
     def forward(
-        self, images: torch.Tensor, teacher: dict[str, torch.Tensor] | None = None
+        self, images: torch.Tensor, teacher: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch:
         """Compare teacher and student.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
-            teacher (dict[str, torch.Tensor] | None): What :meth:`teacher_features` gives for them. Defaults to
-                ``None``, which computes it.
+            teacher (Callable[[torch.Tensor], dict[str, torch.Tensor]] | None): What to call for the teacher's features
+                in place of :meth:`teacher_features`. Defaults to ``None``.
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
@@ -91,18 +91,18 @@ class StfpmExtModel(nn.Module):
             return self._forward_compiled(images)
         image_size = (images.shape[-2], images.shape[-1])
         if teacher is None:
-            teacher, student = self.features(images)
+            expected, student = self.features(images)
         else:
-            student = self._features(self.student_model, images)
+            expected, student = teacher(images), self._features(self.student_model, images)
         if self.training:
-            return teacher, student
-        combine_size = self.combine_size(teacher)
+            return expected, student
+        combine_size = self.combine_size(expected)
         if images.device.type == "cuda" and not has_kernel(images.device):
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
-            options = check_options(None, "product", combine_size, False, list(teacher))
-            amap, score = formula(list(teacher.values()), list(student.values()), image_size, options)
+            options = check_options(None, "product", combine_size, False, list(expected))
+            amap, score = formula(list(expected.values()), list(student.values()), image_size, options)
         else:
-            amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
+            amap, score = anomaly_map(expected, student, image_size, combine_size=combine_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))
 
     def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:

@@ -127,7 +127,9 @@ def test_many_images_go_through_in_parts(monkeypatch):
     expected, sizes = student(images), []
     with torch.no_grad():
         student(images)
-        student._folded[0].register_forward_pre_hook(lambda _network, arguments: sizes.append(len(arguments[0])))
+        folded = student._folded[0]
+        forward = folded.forward
+        folded.forward = lambda images: sizes.append(len(images)) or forward(images)
         for layer, features in student(images).items():
             torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-4)
         student(torch.randn(3, 3, 128, 128))  # of which one has more pixels than that
@@ -173,6 +175,90 @@ def test_convolutions_that_pad_in_their_own_way_are_not_packed():
         assert folded is not network
         for features, expected in zip(folded(images), network(images), strict=True):
             torch.testing.assert_close(features, expected)
+
+
+class Tricky(torch.nn.Module):
+    """Sums and activations after convolutions, of which oneDNN may do some with the convolution and some not."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+        self.first, self.second = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.to_one = torch.nn.Conv2d(3, 1, 1)
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.relu, self.relu6, self.silu = torch.nn.ReLU(inplace=True), torch.nn.ReLU6(), torch.nn.SiLU()
+        self.scale = torch.nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        first = self.first(images)
+        match self.case:
+            case "sum and relu" | "relu and sum":
+                first += self.second(images)
+                return [self.relu(first)]
+            case "silu after a sum":
+                return [self.silu(images + first)]
+            case "relu6, scaled":
+                return [self.relu6(self.second(8 * images)) * self.scale]
+            case "the same convolution twice":
+                return [self.relu(first), self.silu(self.first(images + 1))]
+            case "read before the activation":
+                return [first.clone(), self.relu(first)]
+            case "another shape":
+                return [self.relu(self.to_one(images) + first)]
+            case "a number":
+                return [self.relu(first + 1), torch.add(self.second(images), images, alpha=2)]
+            case "flow":
+                return [self.relu(first) if images.shape[-1] > 4 else first]
+            case "flow by value":
+                return [self.relu(first) if images.sum() > 0 else first]
+        raise AssertionError(self.case)
+
+
+@pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 leaves sums and activations to oneDNN")
+@pytest.mark.parametrize(
+    ("case", "joined"),
+    [
+        ("sum and relu", 1),
+        ("silu after a sum", 0),
+        ("relu6, scaled", 1),
+        ("the same convolution twice", 0),
+        ("read before the activation", 0),
+        ("another shape", None),
+        ("a number", 0),
+        ("flow", None),
+        ("flow by value", None),
+    ],
+)
+def test_sums_and_activations_in_onednn(case, joined):
+    network, images = Tricky(case).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        folded = _fold(network, images)
+        for inputs in (images, images[:1, :, :5, :7], images[:, :, :, :3], -images):
+            for features, expected in zip(folded(inputs), network(inputs), strict=True):
+                torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(folded, torch.fx.GraphModule) == (joined is not None)
+    if joined is not None:
+        activations = [module for module in folded.modules() if getattr(module, "activation", None)]
+        assert len(activations) == joined
+
+
+@pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 leaves sums and activations to oneDNN")
+@pytest.mark.parametrize(
+    ("backbone", "layers", "left"),
+    [
+        ("resnet18", LAYERS, {"MaxPool2d"}),
+        ("wide_resnet50_2", LAYERS, {"MaxPool2d"}),
+        ("mobilenetv2_100", ["blocks.1", "blocks.2"], set()),
+    ],
+)
+def test_resnets_are_nothing_but_convolutions(backbone, layers, left):
+    student = Student(backbone, layers).eval()
+    with torch.no_grad():
+        student(torch.randn(1, 3, 64, 64))
+    graph = student._folded[0].graph
+    modules = dict(student._folded[0].named_modules())
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    assert {type(modules[node.target]).__name__ for node in calls} - left == {"_PackedConv2d"}
 
 
 def test_only_plain_inference_folds(model):
