@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
+from torch.utils import _pytree
 
 from ._torch_op import formula, has_kernel
 from .feature_pyramid import FeaturePyramid, Student, Teacher, is_traced
@@ -19,6 +20,9 @@ from .side_by_side import can_run_side_by_side, side_by_side
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
+
+if InferenceBatch not in _pytree.SUPPORTED_SERIALIZED_TYPES:  # for torch.export.save
+    _pytree._register_namedtuple(InferenceBatch, serialized_type_name="anomalib.data.InferenceBatch")
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 

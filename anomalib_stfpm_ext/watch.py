@@ -132,7 +132,7 @@ def _threshold(post_processor: PostProcessor | None) -> float | None:
 
 
 class Arrivals:
-    """The images in a folder and its subfolders. What has a name that begins with a dot is left alone.
+    """The images in a folder and its subfolders, but not in those that are links, or whose names begin with a dot.
 
     Args:
         folder (Path): The folder.
@@ -177,6 +177,8 @@ class Arrivals:
 class ScoreTable:
     """A CSV file to which rows are appended, each at once and as one line. One process at a time may write to it.
 
+    If it is moved or removed meanwhile, a new one is begun in its place.
+
     Args:
         file (Path): The file. Its folder is made if need be.
 
@@ -190,29 +192,32 @@ class ScoreTable:
     """
 
     def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         self._path = file
-        self._file = file.open("ab+", buffering=0)
+        self.known: dict[str, Version] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab+", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BlockingIOError(error.errno, "another process writes to it", str(file)) from error
+            raise BlockingIOError(error.errno, "another process writes to it", str(self._path)) from error
         self._file.seek(0)
         content, header = self._file.read(), _line(COLUMNS)
         if content[: len(header)] != header[: len(content)]:
-            fail(ValueError, "csv", "a new file, or one that this command has begun", file)
+            fail(ValueError, "csv", "a new file, or one that this command has begun", self._path)
         end = content.rfind(b"\n") + 1
         if end < len(content):
-            _tell(f"{file}: its last line was never finished, and is removed")
+            _tell(f"{self._path}: its last line was never finished, and is removed")
             self._file.truncate(end)
         if not end:
             self._write(header)
-        self.known: dict[str, Version] = {}
         for row in csv.DictReader(io.StringIO(content[:end].decode(errors="replace"))):
             try:
                 self.known[row["file"]] = Version(int(row["bytes"]), int(row["modified_ns"]))
             except (TypeError, ValueError):
-                fail(ValueError, "csv", f"rows that this command has written to {file}", list(row.values()))
+                fail(ValueError, "csv", f"rows that this command has written to {self._path}", list(row.values()))
 
     def append(self, row: dict[str, object]) -> None:
         """Append a row.
@@ -222,7 +227,12 @@ class ScoreTable:
 
         Raises:
             OSError: If it cannot be written, as on a full disk.
+            ValueError: If there is another file in its place.
         """
+        if not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))):
+            _tell(f"{self._path} was moved or removed; a new one is begun")
+            self._file.close()
+            self._open()
         self._write(_line(tuple(row[column] for column in COLUMNS)))
         self.known[str(row["file"])] = Version(int(str(row["bytes"])), int(str(row["modified_ns"])))
 
@@ -247,9 +257,10 @@ def _line(values: tuple[object, ...]) -> bytes:
 
 
 def _printable(text: object) -> str:
-    """Escape what does not belong in a line of UTF-8: line breaks, and bytes of names that are no UTF-8."""
+    """Escape what does not belong in a line of UTF-8, line breaks and bytes that are no UTF-8, and the backslash."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
+        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        for character in str(text)
     )
 
 
@@ -298,6 +309,7 @@ def watch(
     with ScoreTable(csv) as table:
         print(_printable(f"Watching {folder}; scores go to {csv}"), flush=True)
         while True:
+            began = time.monotonic()
             try:
                 settled, changing = arrivals.look()
             except OSError as error:
@@ -308,6 +320,7 @@ def watch(
                 lost = True
                 time.sleep(interval)
                 continue
+            pause = max(interval, 4 * (time.monotonic() - began))  # a core's fifth at most, however many files
             if lost:
                 _tell(f"{folder} is back")
             lost, waiting = False, bool(changing)
@@ -343,7 +356,7 @@ def watch(
                 table.append(row | {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")})
             if once and not waiting:
                 return
-            time.sleep(interval)
+            time.sleep(pause)
 
 
 def _read(path: Path) -> tuple[torch.Tensor | None, str]:
@@ -400,6 +413,8 @@ def main(arguments: list[str] | None = None) -> None:
         watch(**given)
     except KeyboardInterrupt:  # how it is meant to end; whatever was not finished is done again after a restart
         _tell("stopped")
+        if given["once"]:
+            sys.exit(128 + signal.SIGINT)
     except (OSError, RuntimeError, TypeError, ValueError, FloatingPointError) as error:
         sys.exit(_printable(f"{type(error).__name__}: {error}"))
 

@@ -174,6 +174,16 @@ def test_exported_model_holds_the_fused_operator_and_takes_images_of_any_size(ne
             torch.testing.assert_close(result, network(images).anomaly_map, rtol=1e-4, atol=0)
 
 
+def test_exported_model_can_be_saved(network, tmp_path):
+    images = torch.rand(2, 3, 64, 96)
+    torch.export.save(torch.export.export(network, (images,)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        result, expected = loaded(images), network(images)
+    assert type(result) is type(expected)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=0)
+
+
 def test_onnx_of_a_model_that_leaves_the_size_to_the_user(network, tmp_path):
     model = StfpmExt(BACKBONE, LAYERS, False, network.combine_at, pre_processor=False, post_processor=False)
     model.model.load_state_dict(network.state_dict())

@@ -15,7 +15,8 @@ from timm.models import FeatureListNet
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map, feature_pyramid
-from anomalib_stfpm_ext.feature_pyramid import PACKS_WEIGHTS, FeaturePyramid, Student, Teacher, _fold, _PackedConv2d
+from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher
+from anomalib_stfpm_ext.folding import PACKS_WEIGHTS, PackedConv2d, fold
 
 LAYERS = ("layer1", "layer2", "layer3")
 # Tiny networks of timm's, one for each way in which it wraps a backbone.
@@ -143,7 +144,7 @@ def test_weights_in_onednns_layout_serve_images_of_any_shape(backbone):
     student = Student(backbone, layers).eval().to(memory_format=torch.channels_last)
     with torch.inference_mode():
         student(torch.randn(2, 3, 64, 64))
-    convolutions = [module for module in student._folded[0].modules() if isinstance(module, _PackedConv2d)]
+    convolutions = [module for module in student._folded[0].modules() if isinstance(module, PackedConv2d)]
     assert len(convolutions) == sum(type(module) is torch.nn.Conv2d for module in student.modules())
     packed = [module.weight for module in convolutions]
     assert all(weight.is_mkldnn for weight in packed)
@@ -171,7 +172,7 @@ def test_convolutions_that_pad_in_their_own_way_are_not_packed():
 
     network, images = Network().eval(), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
-        folded = _fold(network, images)
+        folded = fold(network, images)
         assert folded is not network
         for features, expected in zip(folded(images), network(images), strict=True):
             torch.testing.assert_close(features, expected)
@@ -185,7 +186,6 @@ class Tricky(torch.nn.Module):
         self.case = case
         self.first, self.second = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1)
         self.to_one = torch.nn.Conv2d(3, 1, 1)
-        self.norm = torch.nn.BatchNorm2d(3)
         self.relu, self.relu6, self.silu = torch.nn.ReLU(inplace=True), torch.nn.ReLU6(), torch.nn.SiLU()
         self.scale = torch.nn.Parameter(torch.rand(3, 1, 1))
 
@@ -232,7 +232,7 @@ class Tricky(torch.nn.Module):
 def test_sums_and_activations_in_onednn(case, joined):
     network, images = Tricky(case).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        folded = _fold(network, images)
+        folded = fold(network, images)
         for inputs in (images, images[:1, :, :5, :7], images[:, :, :, :3], -images):
             for features, expected in zip(folded(inputs), network(inputs), strict=True):
                 torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
@@ -258,7 +258,7 @@ def test_resnets_are_nothing_but_convolutions(backbone, layers, left):
     graph = student._folded[0].graph
     modules = dict(student._folded[0].named_modules())
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    assert {type(modules[node.target]).__name__ for node in calls} - left == {"_PackedConv2d"}
+    assert {type(modules[node.target]).__name__ for node in calls} - left == {"PackedConv2d"}
 
 
 def test_only_plain_inference_folds(model):
@@ -295,7 +295,7 @@ def test_a_network_that_cannot_be_folded_stays_as_it_is():
 
     network = Crossed().eval()
     with torch.no_grad():
-        assert _fold(network, torch.randn(1, 3, 8, 8)) is network
+        assert fold(network, torch.randn(1, 3, 8, 8)) is network
 
 
 @pytest.mark.parametrize("backbone", [*BACKBONES, "mobilenetv3_small_050"])

@@ -187,12 +187,28 @@ def test_file_that_changes_while_it_is_read_is_read_again(checkpoint, folder, mo
 
 
 def test_strange_names(checkpoint, folder):
-    names = ["a,b.png", 'quo"te.png', "new\nline.png", "größe.png", os.fsdecode(b"latin-\xe9.png"), "=1+1.png"]
+    names = [
+        "a,b.png",
+        'quo"te.png',
+        "new\nline.png",
+        r"new\nline.png",
+        "größe.png",
+        os.fsdecode(b"latin-\xe9.png"),
+        "=1+1.png",
+    ]
     for name in names:
         shutil.copyfile(folder / "bad" / "0.png", folder / name)
     watch(checkpoint, folder, "--once", "--overlays", folder / "overlays")
     found = rows(folder)
-    assert {"a,b.png", 'quo"te.png', r"new\nline.png", "größe.png", r"latin-\udce9.png", "=1+1.png"} < set(found)
+    assert {
+        "a,b.png",
+        'quo"te.png',
+        r"new\nline.png",
+        r"new\\nline.png",
+        "größe.png",
+        r"latin-\udce9.png",
+        "=1+1.png",
+    } < set(found)
     assert all((folder / "overlays" / name).is_file() for name in names)
     assert len((folder.parent / "scores.csv").read_bytes().splitlines()) == len(found) + 1
     watch(checkpoint, folder, "--once", "--overlays", folder / "overlays")  # which are no images to be scored
@@ -262,13 +278,29 @@ def test_line(checkpoint, folder, tmp_path):
         (tmp_path / "away").rename(folder)
         shutil.copyfile(folder / "bad" / "0.png", folder / "later.png")
         wait_for("later.png")
+        (tmp_path / "scores.csv").rename(tmp_path / "monday.csv")
+        shutil.copyfile(folder / "bad" / "0.png", folder / "tuesday.png")
+        wait_for("tuesday.png")
+        assert set(rows(folder)) == {"tuesday.png"}
         process.send_signal(signal.SIGTERM)
         told = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert process.returncode == 0
-    assert told.count("waiting for it to come back") == told.count("is back") == 1
+    assert told.count("waiting for it to come back") == told.count("is back") == told.count("moved or removed") == 1
     assert told.endswith("stopped\n")
+
+
+def test_interrupted_before_all_is_scored(checkpoint, folder, monkeypatch, capsys):
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)  # before the second look
+    with pytest.raises(SystemExit) as stopped:
+        watch(checkpoint, folder, "--once")
+    assert stopped.value.code == 130
+    watch(checkpoint, folder)  # which ends in no other way
+    assert capsys.readouterr().err.count("stopped\n") == 2
 
 
 def test_images_without_an_overlay_and_with_long_names_are_scored(checkpoint, folder, tmp_path, capsys):

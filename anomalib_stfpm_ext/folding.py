@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A copy of a network for inference alone, of fewer steps: batch norms, sums and activations go into convolutions."""
+
+import copy
+import operator
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .scorer import fail
+
+# Other processors have oneDNN too, but nobody has measured that it pays there.
+PACKS_WEIGHTS = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+# Double precision takes long for large images.
+_PROBE_SIDE = 256
+# What oneDNN applies to the result of a convolution, by its name there and with its numbers.
+_ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+    nn.Hardswish: ("hardswish", []),
+}
+
+
+def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Return a copy of a network whose batch norms are folded into the convolutions before them.
+
+    On a CPU, convolutions also add the shortcut and apply the activation that follow them, and their weights are in
+    oneDNN's layout already. What follows what is a guess, and so is a trace: a copy is taken where its features of an
+    image, in double precision, differ by roundings only.
+
+    Args:
+        network (nn.Module): The network, in evaluation mode, which returns a list of features.
+        images (torch.Tensor): Images ``(B, C, H, W)``, for their shape and device.
+
+    Returns:
+        nn.Module: The copy, or the network itself where none is right.
+    """
+    exact = copy.deepcopy(network).cpu().double()
+    channels, *size = images.shape[1:]
+    try:
+        probe = _make_probe(channels, *(min(side, _PROBE_SIDE) for side in size))
+        expected = exact(probe)
+    except Exception:  # of networks for images of one size
+        probe = _make_probe(channels, *size)
+        expected = exact(probe)
+    packs = images.device.type == "cpu" and PACKS_WEIGHTS
+    for simplify in (_join_activations, _pack) if packs else (_merge_norms,):
+        try:
+            features = simplify(copy.deepcopy(exact)).forward(probe)
+        except Exception:  # of modules that cannot be traced
+            continue
+        if all(
+            (one - other).abs().max() <= 1e-9 * other.abs().max() for one, other in zip(features, expected, strict=True)
+        ):
+            return simplify(copy.deepcopy(network))
+    return network
+
+
+def _make_probe(*shape: int) -> torch.Tensor:
+    return torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def _merge_norms(network: nn.Module) -> nn.Module:
+    """Merge each batch norm into the convolution that stands before it."""
+    for module in list(network.modules()):
+        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                after = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # of timm's norms
+                setattr(module, norm_name, nn.Sequential(*after) if after else nn.Identity())
+    return network
+
+
+def _pack(network: nn.Module) -> nn.Module:
+    """Merge batch norms, and leave the convolutions to oneDNN."""
+    network = _merge_norms(network)
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            # Not one of timm's own, which pad by themselves.
+            if type(child) is nn.Conv2d and child.padding_mode == "zeros" and isinstance(child.padding, tuple):
+                setattr(module, name, PackedConv2d(child))
+    return network
+
+
+def _join_activations(network: nn.Module) -> nn.Module:
+    """Have convolutions add the shortcut and apply the activation that follow, while their results are in the caches.
+
+    Raises:
+        Exception: Whatever a network raises that cannot be traced, as its flow depends on the images.
+    """
+    network = _pack(network)
+    graph = _trace(network)
+    modules = dict(network.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+
+    def joins(node: Any, next_node: fx.Node) -> bool:
+        """Tell whether a node is a convolution, called once and for the next node alone."""
+        return (
+            isinstance(node, fx.Node)
+            and node.op == "call_module"
+            and isinstance(modules[str(node.target)], PackedConv2d)
+            and calls[node.target] == 1
+            and list(node.users) == [next_node]
+        )
+
+    for node in graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in (operator.add, operator.iadd, torch.add) and len(node.args) == 2 and not node.kwargs:
+            for convolution, other in (node.args, node.args[::-1]):
+                if joins(convolution, node) and isinstance(other, fx.Node):
+                    with graph.inserting_before(node):
+                        joined = graph.call_module(convolution.target, (*convolution.args, other))
+                    node.replace_all_uses_with(joined)
+                    graph.erase_node(node)
+                    graph.erase_node(convolution)
+                    break
+        elif (
+            type(module) in _ACTIVATIONS
+            and joins(node.args[0], node)
+            and (len(node.args[0].args) == 1 or type(module) is nn.ReLU)  # after a sum, oneDNN has no other
+        ):
+            modules[node.args[0].target].activation = module
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return fx.GraphModule(network, graph)
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Tracer of a network whose tensors have names."""
+
+    names: Mapping[int, str]
+
+    def create_arg(self, a: Any) -> Any:
+        return self.graph.get_attr(self.names[id(a)]) if isinstance(a, torch.Tensor) else super().create_arg(a)
+
+
+def _trace(network: nn.Module) -> fx.Graph:
+    """Trace a network, without what torch's own tracer does to modules of other threads, too."""
+    graph = fx.Graph()
+    tracer = _Tracer(graph)
+    tracer.names = {id(tensor): name for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    leaves = {name: module for name, module in network.named_modules() if not any(module.children())}
+
+    def record(name: str, *arguments: fx.Proxy) -> fx.Proxy:
+        return fx.Proxy(graph.call_module(name, tuple(argument.node for argument in arguments)), tracer)
+
+    try:
+        for name, leaf in leaves.items():
+            leaf.forward = partial(record, name)
+        graph.output([level.node for level in network(fx.Proxy(graph.placeholder("images"), tracer))])
+    finally:
+        for leaf in leaves.values():
+            del leaf.forward
+    return graph
+
+
+class PackedConv2d(nn.Module):
+    """A convolution that rearranges its weights once and not at every call, as inductor's freezing does.
+
+    oneDNN chooses the layout for the first images' shape; others get the same result, maybe later. Other dtypes than
+    float32 are for the check of the network: the same, by torch.
+
+    Attributes:
+        activation (nn.Module | None): One of :data:`_ACTIVATIONS`, applied to the result.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight.detach(), convolution.bias
+        self.geometry: Any = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+        self.activation: nn.Module | None = None
+
+    def forward(self, features: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute ``activation(convolution(features) + other)``."""
+        if self.weight.dtype != torch.float32:
+            return self._forward_by_torch(features, other)
+        if not self.weight.is_mkldnn:
+            pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+            self.weight = pack(self.weight.to_mkldnn(), *self.geometry, features.shape)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        activation, scalars = _ACTIVATIONS.get(type(self.activation), (None, []))
+        weights = (self.weight, self.bias, *self.geometry)
+        result: torch.Tensor
+        if other is None:
+            result = convolve(features, *weights, activation or "none", scalars, "")
+        else:
+            result = convolve.binary(features, other, *weights, "add", 1.0, activation, scalars, "")
+        return result
+
+    def _forward_by_torch(self, features: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+        padding, stride, dilation, groups = self.geometry
+        result = nn.functional.conv2d(features, self.weight, self.bias, stride, padding, dilation, groups)
+        if other is not None:
+            if other.shape != result.shape:
+                fail(ValueError, "other", f"features {tuple(result.shape)}", tuple(other.shape))
+            result = result + other
+        return result if self.activation is None else self.activation(result)
