@@ -16,7 +16,15 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from .scorer import fail
 
@@ -358,6 +366,9 @@ def _good_images(dataset: Any) -> "np.ndarray[Any, Any]":
     """Return the indices of the good images; in a data set without anomalib's labels, all are."""
     if isinstance(dataset, Subset):
         return np.flatnonzero(np.isin(dataset.indices, _good_images(dataset.dataset)))
+    if isinstance(dataset, ConcatDataset):
+        starts = zip(dataset.datasets, [0, *dataset.cumulative_sizes], strict=False)
+        return np.concatenate([start + _good_images(part) for part, start in starts])
     if isinstance(dataset, AnomalibDataset):
         return np.flatnonzero(dataset.samples.label_index == LabelName.NORMAL)
     return np.arange(len(dataset))

@@ -20,7 +20,15 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.model_selection import train_test_split
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -291,14 +299,22 @@ def test_files_that_are_no_checkpoints(make_model, fit, tmp_path):
             StfpmExt.load_from_checkpoint(tmp_path / "broken.ckpt")
 
 
-def test_defective_images_of_a_subset_are_not_held_out(make_model, images):
+def test_defective_images_of_parts_are_not_held_out(make_model, images):
     data = folder(images)
     data.setup()
-    some = Subset(data.test_data, range(1, len(data.test_data)))
+    some = ConcatDataset([Subset(data.test_data, range(1, len(data.test_data))), data.test_data])
     model = make_model(held_out_share=0.5)
-    Trainer(max_epochs=1, **QUIET).fit(model, DataLoader(some, batch_size=4, collate_fn=data.test_data.collate_fn))
-    labels = data.test_data.samples.label_index.to_numpy()[1:]
-    assert model.choice._num_images == -(-(labels == 0).sum() // 2)
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, _trainer, module, *_):
+            seen.extend(some[index].gt_label.item() for index in module.choice.loader.dataset.indices)
+
+    loader = DataLoader(some, batch_size=4, collate_fn=data.test_data.collate_fn)
+    Trainer(max_epochs=1, callbacks=[Look()], **QUIET).fit(model, loader)
+    labels = data.test_data.samples.label_index.to_numpy()
+    assert model.choice._num_images == -(-((labels[1:] == 0).sum() + (labels == 0).sum()) // 2)
+    assert not any(seen)
 
 
 def test_checkpoints_of_other_networks(make_model, fit):
