@@ -134,7 +134,9 @@ def _join_activations(network: nn.Module) -> nn.Module:
             modules[node.args[0].target].activation = module
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return fx.GraphModule(network, graph)
+    traced = fx.GraphModule(network, graph)
+    traced.graph.owning_module = None  # or else only the garbage collector would free a copy that is out of date
+    return traced
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):

@@ -2,7 +2,9 @@
 
 """Teacher, student and the Lightning module: what they build, what stays frozen, and what they refuse."""
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import safetensors.torch
@@ -259,6 +261,21 @@ def test_resnets_are_nothing_but_convolutions(backbone, layers, left):
     modules = dict(student._folded[0].named_modules())
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     assert {type(modules[node.target]).__name__ for node in calls} - left == {"PackedConv2d"}
+
+
+def test_copies_that_are_out_of_date_are_freed_at_once():
+    student, images = Student("resnet18", LAYERS).eval(), torch.randn(1, 3, 64, 64)
+    copies = []
+    gc.disable()
+    try:
+        for _ in range(3):
+            with torch.no_grad():
+                student.feature_extractor.conv1.weight.mul_(2)
+                student(images)
+            copies.append(weakref.ref(student._folded[0]))
+        assert [copy() is None for copy in copies] == [True, True, False]
+    finally:
+        gc.enable()
 
 
 def test_only_plain_inference_folds(model):
