@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import Self
 
+from ._torch_op import is_transformed
 from .folding import fold
 
 # Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
@@ -104,7 +105,7 @@ class FeaturePyramid(nn.Module):
         state = [*map(id, modules), *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
         if state != self._folded_state:
             # With modules and tensors, so that no others get their place in memory.
-            self._folded = (fold(self.feature_extractor, images), modules, [tensor.detach() for tensor in tensors])
+            self._folded = (fold(self.feature_extractor, parts[0]), modules, [tensor.detach() for tensor in tensors])
             self._folded_state = state
         features, *others = map(self._folded[0].forward, parts)  # called itself, a traced network prints its errors
         return [torch.cat(levels) for levels in zip(features, *others, strict=True)] if others else features
@@ -116,11 +117,12 @@ class FeaturePyramid(nn.Module):
             images (torch.Tensor): The images.
 
         Returns:
-            bool: ``False`` with gradients, autocast, hooks within the network or modules of it in training mode, and
-                where :func:`is_traced`, since compilers fold by themselves.
+            bool: ``False`` with gradients, forward-mode ones too, autocast, hooks within the network or modules of it
+                in training mode, and where :func:`is_traced`, since compilers fold by themselves.
         """
         return not (
             is_traced(images)
+            or is_transformed()
             or self._wants_gradients(images)
             or torch.is_autocast_enabled(images.device.type)
             or any(
@@ -155,6 +157,9 @@ class Teacher(FeaturePyramid):
             for timm's pretrained ones, from its cache or the internet; ``False`` for none, when a checkpoint that
             holds the teacher is about to be loaded.
 
+    Attributes:
+        is_random (bool): Whether no weights have been loaded.
+
     Raises:
         FileNotFoundError: If the file of weights does not exist.
         ValueError: If it cannot be read, or lacks tensors of the backbone or has them in other shapes.
@@ -163,11 +168,16 @@ class Teacher(FeaturePyramid):
 
     def __init__(self, backbone: str, layers: Sequence[str], weights: str | Path | bool = True) -> None:
         super().__init__(backbone, layers)
+        self.is_random = weights is False
         if weights is True:
             self._load_pretrained()
         elif weights is not False:
             self._load_file(weights)
         self.freeze()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.is_random = False
 
     def freeze(self) -> None:
         """Exclude the teacher from training."""
@@ -261,12 +271,13 @@ def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str]
         msg = f"{argument}: wanted the path of {kind}, got {type(path).__qualname__}"
         raise TypeError(msg)
     if not Path(path).is_file():
-        msg = f"{argument}: wanted {kind}, got {str(path)!r}, which does not exist"
+        what = "is no file" if Path(path).exists() else "does not exist"
+        msg = f"{argument}: wanted {kind}, got {str(path)!r}, which {what}"
         raise FileNotFoundError(msg)
     try:
         return reader(str(path))
     except Exception as error:
-        msg = f"{argument}: {str(path)!r} cannot be read as {kind}: {error}"
+        msg = f"{argument}: {str(path)!r} cannot be read as {kind}: {type(error).__name__}: {error}"
         raise ValueError(msg) from error
 
 

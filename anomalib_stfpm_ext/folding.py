@@ -39,12 +39,15 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
 
     Args:
         network (nn.Module): The network, in evaluation mode, which returns a list of features.
-        images (torch.Tensor): Images ``(B, C, H, W)``, for their shape and device.
+        images (torch.Tensor): Images ``(B, C, H, W)``, which the copy has been run on.
 
     Returns:
         nn.Module: The copy, or the network itself where none is right.
     """
-    exact = copy.deepcopy(network).cpu().double()
+    try:
+        exact = copy.deepcopy(network).cpu().double()
+    except RuntimeError:  # of networks that keep what they have computed with gradients
+        return network
     channels, *size = images.shape[1:]
     try:
         probe = _make_probe(channels, *(min(side, _PROBE_SIDE) for side in size))
@@ -56,17 +59,20 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
     for simplify in (_join_activations, _pack) if packs else (_merge_norms,):
         try:
             features = simplify(copy.deepcopy(exact)).forward(probe)
-        except Exception:  # of modules that cannot be traced
+            if all(
+                (one - other).abs().max() <= 1e-9 * other.abs().max()
+                for one, other in zip(features, expected, strict=True)
+            ):
+                folded = simplify(copy.deepcopy(network))
+                folded.forward(images)
+                return folded
+        except Exception:  # of modules that cannot be traced, or want their convolutions' weights
             continue
-        if all(
-            (one - other).abs().max() <= 1e-9 * other.abs().max() for one, other in zip(features, expected, strict=True)
-        ):
-            return simplify(copy.deepcopy(network))
     return network
 
 
 def _make_probe(*shape: int) -> torch.Tensor:
-    return torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, *shape, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
 
 
 def _merge_norms(network: nn.Module) -> nn.Module:

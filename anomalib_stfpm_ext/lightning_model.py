@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from .distributed import StudentSync, share_images
 from .feature_pyramid import read_file
-from .held_out import CHECKPOINT_KEY, StudentChoice, check_decay, check_resumed, check_share
+from .held_out import CHECKPOINT_KEY, STUDENT_PREFIX, StudentChoice, check_decay, check_resumed, check_share
 from .kept_memory import HeldForFit, KeptMemory
 from .loss import StfpmExtLoss
 from .scorer import fail
@@ -356,6 +356,7 @@ class StfpmExt(AnomalibModule):
         Raises:
             ValueError: If images cannot be held out, or settings are not those of the checkpoint that is resumed.
         """
+        self._check_teacher()
         if self._resumed_choice:
             check_resumed(self._resumed_choice, self.held_out_share, self.ema_decay)
         if self.held_out_share or self.ema_decay is not None:
@@ -363,6 +364,14 @@ class StfpmExt(AnomalibModule):
             self.choice = StudentChoice(student, self.held_out_share, self.seed or 0, self.ema_decay)
             self.choice.start(self.trainer, self._resumed_choice)
         self._resumed_choice = None
+
+    def on_test_start(self) -> None:
+        """Warn of a teacher without weights."""
+        self._check_teacher()
+
+    def on_predict_start(self) -> None:
+        """Warn of a teacher without weights."""
+        self._check_teacher()
 
     @property
     def cached_teacher(self) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
@@ -401,6 +410,8 @@ class StfpmExt(AnomalibModule):
 
     def on_validation_start(self) -> None:
         """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_teacher()
         if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             if self.held_out_share:
                 self.log("held_out_map", self._measure(self.choice), sync_dist=True)
@@ -454,6 +465,8 @@ class StfpmExt(AnomalibModule):
             ValueError: If this model's teacher is another.
         """
         super().on_load_checkpoint(checkpoint)
+        if not any(name.startswith(STUDENT_PREFIX) for name in checkpoint["state_dict"]):
+            fail(ValueError, "checkpoint", "one of StfpmExt or Stfpm", "another model's, without a student")
         # Lightning writes what load_from_checkpoint is given over the hyperparameters.
         saved = checkpoint.get(NETWORK_KEY) or checkpoint.get("hyper_parameters", {})
         self._check_network(saved)
@@ -486,6 +499,13 @@ class StfpmExt(AnomalibModule):
             fail(ValueError, "backbone", f"{backbone} as in the checkpoint", network.backbone)
         if list(layers) != network.layers:
             fail(ValueError, "layers", f"{list(layers)} as in the checkpoint", network.layers)
+
+    def _check_teacher(self) -> None:
+        if self.model.teacher_model.is_random:
+            rank_zero_warn(
+                "teacher_weights: wanted True, a file, or a checkpoint that brings them, got False and no checkpoint: "
+                "the teacher is random, and so is what it finds."
+            )
 
     def _check_losses(self, unread: int = 0) -> None:
         while len(self._losses) > unread:

@@ -9,6 +9,7 @@ sheets of pictures spread over the scores.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,14 @@ class LevelMaps:
     score: float
 
 
-def load_model(checkpoint: str | Path, argument: str = "checkpoint") -> StfpmExt:
+def load_model(checkpoint: str | Path, argument: str = "checkpoint", teacher_weights: Path | None = None) -> StfpmExt:
     """Load a trained model.
 
     Args:
         checkpoint (str | Path): Its checkpoint.
         argument (str): What the caller's errors call it. Defaults to ``"checkpoint"``.
+        teacher_weights (Path | None): File of the teacher's weights, for a checkpoint that leaves them out. Defaults to
+            ``None``.
 
     Returns:
         StfpmExt: The model, in evaluation mode.
@@ -65,7 +68,8 @@ def load_model(checkpoint: str | Path, argument: str = "checkpoint") -> StfpmExt
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no model of this kind.
     """
-    model: StfpmExt = read_file(argument, checkpoint, "a checkpoint of StfpmExt", StfpmExt.load_from_checkpoint)
+    load = partial(StfpmExt.load_from_checkpoint, teacher_weights=teacher_weights or False)
+    model: StfpmExt = read_file(argument, checkpoint, "a checkpoint of StfpmExt", load)
     model.eval()
     return model
 
@@ -149,7 +153,9 @@ def draw_levels(
     grades = ["fine", *["middle"] * (count - 2), "coarse"]
     for grade, name, size, level in zip(grades, levels.names, levels.sizes, levels.maps, strict=False):
         panels.append((f"{grade}: {name}\n{size[0]} x {size[1]}", level, colours))
-    panels.append((f"product{root}\nraw score {levels.score:.3g}", levels.product ** (1 / count), colours))
+    panels.append(
+        (f"product{root}\nscore{root} {levels.score ** (1 / count):.2g}", levels.product ** (1 / count), colours)
+    )
 
     figure = Figure(figsize=(2.4 * len(panels) + 1.5, 2.35 * height / width + 0.8), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(panels))
@@ -257,7 +263,9 @@ def draw_sheet(file: Path, rows: list[tuple[str, list[np.ndarray], list[str]]], 
     plt.close(figure)
 
 
-def _command_levels(checkpoint: Path, images: Path, output: Path, masks: Path | None = None) -> None:
+def _command_levels(
+    checkpoint: Path, images: Path, output: Path, masks: Path | None = None, teacher_weights: Path | None = None
+) -> None:
     """Draw the maps of the single levels beside their product, a picture for each image.
 
     Args:
@@ -265,8 +273,9 @@ def _command_levels(checkpoint: Path, images: Path, output: Path, masks: Path | 
         images: Folder of images, with those in its subfolders.
         output: Folder for the pictures, which are called as the images are.
         masks: Folder of masks, in the same subfolders, called as the images are, with or without _mask at the end.
+        teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
     """
-    model, paths = load_model(checkpoint), _images("images", images)
+    model, paths = load_model(checkpoint, teacher_weights=teacher_weights), _images("images", images)
     if output.resolve() in (images.resolve(), *images.resolve().parents):
         fail(ValueError, "output", "a folder that does not hold the images, which it might overwrite", output)
     mask_of = _match_masks(paths, images, masks) if masks else {}
@@ -281,7 +290,9 @@ def _command_levels(checkpoint: Path, images: Path, output: Path, masks: Path | 
     print(f"Pictures of {len(paths)} images are in {output}")
 
 
-def _command_histogram(checkpoint: Path, good: Path, defective: Path, file: Path) -> None:
+def _command_histogram(
+    checkpoint: Path, good: Path, defective: Path, file: Path, teacher_weights: Path | None = None
+) -> None:
     """Draw a histogram of the raw scores of good and defective images, with the threshold.
 
     Args:
@@ -289,8 +300,9 @@ def _command_histogram(checkpoint: Path, good: Path, defective: Path, file: Path
         good: Folder of good images, with those in its subfolders.
         defective: Folder of defective images, likewise.
         file: The picture to be written.
+        teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
     """
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, teacher_weights=teacher_weights)
     good_paths, defective_paths = _images("good", good), _images("defective", defective)
     scores = [
         measure_levels(model, _read(argument, path)).score
@@ -315,8 +327,8 @@ def _read(argument: str, path: Path) -> torch.Tensor:
 def _images(argument: str, folder: Path) -> list[Path]:
     try:
         paths: list[Path] = get_image_filenames_from_dir(folder)
-    except ValueError as error:
-        fail(ValueError, argument, "a folder with images", error)
+    except ValueError:
+        fail(ValueError, argument, "a folder with images", folder)
     return paths
 
 

@@ -158,15 +158,21 @@ class TeacherCache(HeldForFit):
             where = "in memory"
         if self.location == "auto":
             free, where = free // AUTO_SHARE, f"in 1/{AUTO_SHARE} of the free memory"
+        wanted = f"{size / 1e6:,.1f} MB {where}, for the teacher's features of {self._num_images} images"
         if size > free:
-            wanted = f"{size / 1e6:,.1f} MB {where}, for the teacher's features of {self._num_images} images"
-            fail(ValueError, "teacher_cache", wanted, f"{free / 1e6:,.1f} MB")
+            fail(ValueError, "teacher_cache", wanted, f"{max(free, 0) / 1e6:,.1f} MB")
         allocate = _on_disk if self.location == "disk" else torch.empty
         for name, level in features.items():
             channels_last = level.is_contiguous(memory_format=torch.channels_last)
             shape = level.permute(0, 2, 3, 1).shape if channels_last else level.shape
-            rows = allocate((self._num_images, *shape[1:]), dtype=dtypes[name])
+            try:
+                rows = allocate((self._num_images, *shape[1:]), dtype=dtypes[name])
+            except (OSError, RuntimeError) as error:  # a limit of the process's memory, no folder for temporary files
+                fail(ValueError, "teacher_cache", wanted, error)
             self._levels[name] = _Level(rows, channels_last, level.dtype)
+        rank_zero_info(
+            f"The teacher's features of {self._num_images} images, {size / 1e6:,.1f} MB, are kept in this fit."
+        )
 
 
 def _read(level: _Level, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -234,7 +240,8 @@ def _check_transform(argument: str, transform: Any) -> None:
     try:
         transform_to_spec(transform)
     except ValueError as error:
-        fail(ValueError, "teacher_cache", f"{_WANTED}, so no random {argument}", error)
+        got = str(error).removeprefix("Unsupported transform class: ")
+        fail(ValueError, "teacher_cache", f"{_WANTED}, so no random {argument}", got)
 
 
 def _count_images(loader: Any) -> int:

@@ -51,7 +51,7 @@ def bring_back(checkpoint: dict[str, Any], teacher: Teacher) -> None:
             f"True or the file of the teacher that the checkpoint names and leaves out, {named['backbone']!r} "
             f"with layers {named['layers']} and sha256 {named['sha256']}"
         )
-        fail(ValueError, "teacher_weights", wanted, f"a teacher with sha256 {got}, a random one where False was given")
+        fail(ValueError, "teacher_weights", wanted, "none" if teacher.is_random else f"one with sha256 {got}")
     checkpoint["state_dict"].update({TEACHER_PREFIX + name: tensor for name, tensor in tensors.items()})
 
 

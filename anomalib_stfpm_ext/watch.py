@@ -75,6 +75,8 @@ class Predictor:
             an export of ``anomalib export --export_type torch`` (``.pt``), with which they are those of anomalib's
             ``TorchInferencer``.
         device (str): ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU if there is one. Defaults to ``"auto"``.
+        teacher_weights (Path | None): File of the teacher's weights, for a checkpoint that leaves them out. Defaults to
+            ``None``.
 
     Attributes:
         threshold (float | None): Images with higher scores are defective; ``None`` where no validation has set one.
@@ -84,10 +86,12 @@ class Predictor:
         ValueError: If it holds no such model, or anomalib refuses to load it.
     """
 
-    def __init__(self, path: Path, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+    def __init__(
+        self, path: Path, device: Literal["auto", "cpu", "cuda"] = "auto", teacher_weights: Path | None = None
+    ) -> None:
         self._network: Callable[[torch.Tensor], InferenceBatch]
         if path.suffix == ".ckpt":
-            model = load_model(path, "model")
+            model = load_model(path, "model", teacher_weights)
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self._device = torch.device(device)
@@ -177,7 +181,7 @@ class Arrivals:
 class ScoreTable:
     """A CSV file to which rows are appended, each at once and as one line. One process at a time may write to it.
 
-    If it is moved or removed meanwhile, a new one is begun in its place.
+    If it is moved, removed or emptied meanwhile, a new one is begun in its place.
 
     Args:
         file (Path): The file. Its folder is made if need be.
@@ -229,10 +233,11 @@ class ScoreTable:
             OSError: If it cannot be written, as on a full disk.
             ValueError: If there is another file in its place.
         """
-        if not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))):
-            _tell(f"{self._path} was moved or removed; a new one is begun")
+        begun = os.fstat(self._file.fileno())
+        if not (self._path.exists() and os.path.samestat(self._path.stat(), begun) and begun.st_size):
             self._file.close()
             self._open()
+            _tell(f"{self._path} was moved, removed or emptied; a new one is begun")
         self._write(_line(tuple(row[column] for column in COLUMNS)))
         self.known[str(row["file"])] = Version(int(str(row["bytes"])), int(str(row["modified_ns"])))
 
@@ -277,6 +282,7 @@ def watch(
     interval: float = 0.5,
     patience: float = 5.0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    teacher_weights: Path | None = None,
 ) -> None:
     """Score images as they arrive in a folder, until Ctrl-C or SIGTERM.
 
@@ -289,6 +295,7 @@ def watch(
         interval: Seconds between two looks. A file that has changed in between is still being written.
         patience: Seconds for which a file that cannot be read is tried again before it counts as broken.
         device: Where the model runs. Defaults to a GPU if there is one.
+        teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
 
     Raises:
         FileNotFoundError: If the folder or the model does not exist.
@@ -303,7 +310,8 @@ def watch(
         fail(ValueError, "interval", "more than 0 seconds", interval)
     if not 0 <= patience < math.inf:
         fail(ValueError, "patience", "at least 0 seconds", patience)
-    predictor, visualizer, arrivals = Predictor(model, device), ImageVisualizer(), Arrivals(folder, overlays)
+    predictor = Predictor(model, device, teacher_weights)
+    visualizer, arrivals = ImageVisualizer(), Arrivals(folder, overlays)
     failures: dict[tuple[Path, Version], float] = {}  # when each was found unreadable first
     lost = False
     with ScoreTable(csv) as table:
@@ -355,6 +363,7 @@ def watch(
                         _save_overlay(visualizer, batch, overlays / path.relative_to(folder), name)
                 table.append(row | {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")})
             if once and not waiting:
+                print(f"All {len(settled)} images have a row in {csv}", flush=True)
                 return
             time.sleep(pause)
 

@@ -263,6 +263,37 @@ def test_resnets_are_nothing_but_convolutions(backbone, layers, left):
     assert {type(modules[node.target]).__name__ for node in calls} - left == {"PackedConv2d"}
 
 
+def test_networks_that_cannot_be_copied_or_want_their_weights_stay_as_they_are():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, images):
+            return [torch.nn.functional.conv2d(self.first(images), self.first.weight)]
+
+    images = torch.randn(2, 3, 8, 8)
+    tied, uncopied = Tied().eval(), Tricky("a number").eval()
+    uncopied.result = uncopied.first(images)  # with gradients, as timm's LeViT keeps its biases
+    with torch.no_grad():
+        for network in (tied, uncopied):
+            assert fold(network, images) is network
+
+
+def test_forward_mode_and_other_default_devices():
+    student = Student("test_resnet", ["layer1"]).eval().requires_grad_(False)
+    images = torch.randn(2, 3, 64, 64)
+    student(images)
+
+    def total(images):
+        return student(images)["layer1"].sum()
+
+    assert torch.func.jvp(total, (images,), (images,))[1] != 0
+    with torch.device("meta"), torch.no_grad():
+        next(student.parameters()).mul_(2)  # so that it is folded anew
+        assert student(images)["layer1"].device.type == "cpu"
+
+
 def test_copies_that_are_out_of_date_are_freed_at_once():
     student, images = Student("resnet18", LAYERS).eval(), torch.randn(1, 3, 64, 64)
     copies = []

@@ -92,7 +92,7 @@ def test_all_maps_share_a_scale_on_which_the_product_is_a_root():
         "mask",
         "fine: layer1\n8 x 12",
         "coarse: layer2\n4 x 6",
-        "product$^{1/2}$\nraw score 0.09",
+        "product$^{1/2}$\nscore$^{1/2}$ 0.3",
     ]
     for axis in (fine, coarse, product):
         (drawn,) = axis.get_images()

@@ -248,6 +248,30 @@ def test_wherever_images_come_from(fit):
         assert cached[1].count * 3 == plain[1].count
 
 
+def test_memory_that_cannot_be_had(fit, monkeypatch, tmp_path, caplog):
+    def refuse(*_arguments, **_settings):
+        msg = "can't allocate memory"
+        raise RuntimeError(msg)
+
+    images = torch.zeros(2, 3, 8, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache.torch, "empty", refuse)
+        for location in ("memory", "auto"):
+            cache = TeacherCache(location)
+            cache._num_images = 2
+            wanted = "teacher_cache: wanted .* of 2 images, got can't allocate"
+            if location == "memory":
+                with pytest.raises(ValueError, match=wanted):
+                    cache.features(images, lambda images: {"layer1": images})
+            else:
+                assert cache.features(images, lambda images: {"layer1": images})["layer1"] is images
+                assert re.search(f"features are not kept between epochs. {wanted}", caplog.text)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(teacher_cache.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"teacher_cache: wanted 0.3 MB in .*nowhere, which TMPDIR names, .*No such"):
+        fit(teacher_cache="disk")
+
+
 @pytest.mark.parametrize("location", ["memory", "disk"])
 def test_features_that_do_not_fit_are_refused(fit, monkeypatch, location):
     # Of test_resnet's levels at 48x64, 32 channels at 12x16 and 48 at 6x8, in 8 images.

@@ -2,6 +2,7 @@
 
 """Checkpoints without the teacher: their size, what they give, and which teachers are refused."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,12 @@ def test_other_teachers_are_refused(fit, images, weights, tmp_path):
     sha256 = content(path)[CHECKPOINT_KEY]["sha256"]
     message = (
         r"teacher_weights: wanted True or the file of the teacher that the checkpoint names and leaves out, "
-        rf"'test_resnet' with layers \['layer1', 'layer2'\] and sha256 {sha256}, got a teacher with sha256 (?!{sha256})"
+        rf"'test_resnet' with layers \['layer1', 'layer2'\] and sha256 {sha256}, got "
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}none"):
         StfpmExt.load_from_checkpoint(path)
-    for other in (weights[1], False):
-        with pytest.raises(ValueError, match=message):
+    for other, got in ((weights[1], rf"one with sha256 (?!{sha256})"), (False, "none")):
+        with pytest.raises(ValueError, match=message + got):
             StfpmExt.load_from_checkpoint(path, teacher_weights=other)
         with pytest.raises(ValueError, match=message):
             scores(make_model(other), images, ckpt_path=path)
@@ -120,6 +121,27 @@ def test_other_teachers_are_refused(fit, images, weights, tmp_path):
     for wrong in ("no", None, 0):
         with pytest.raises(TypeError, match="save_teacher: wanted True or False, got"):
             make_model(False, save_teacher=wrong)
+
+
+def test_teacher_without_weights_is_told(fit, images, weights):
+    message = "teacher_weights: .* the teacher is random"
+    with pytest.warns(UserWarning, match=message):
+        fit(make_model(False), epochs=1)
+    with pytest.warns(UserWarning, match=message):
+        scores(make_model(False), images)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message)
+        path = fit(make_model(weights[0], save_teacher=True), epochs=1)
+        scores(make_model(False), images, ckpt_path=path)
+        fit(make_model(False, save_teacher=True), ckpt_path=path)
+        scores(StfpmExt.load_from_checkpoint(path), images)
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    checkpoint = {"state_dict": {"model.memory_bank": torch.zeros(1)}, "pytorch-lightning_version": "2.6"}
+    torch.save(checkpoint, tmp_path / "padim.ckpt")
+    with pytest.raises(ValueError, match="checkpoint: wanted one of StfpmExt or Stfpm, got another model's"):
+        StfpmExt.load_from_checkpoint(tmp_path / "padim.ckpt")
 
 
 def test_resumed_run_ends_as_the_unbroken_one(fit, weights):

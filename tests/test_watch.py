@@ -282,12 +282,17 @@ def test_line(checkpoint, folder, tmp_path):
         shutil.copyfile(folder / "bad" / "0.png", folder / "tuesday.png")
         wait_for("tuesday.png")
         assert set(rows(folder)) == {"tuesday.png"}
+        os.truncate(tmp_path / "scores.csv", 0)
+        shutil.copyfile(folder / "bad" / "0.png", folder / "wednesday.png")
+        wait_for("wednesday.png")
+        assert set(rows(folder)) == {"wednesday.png"}
         process.send_signal(signal.SIGTERM)
         told = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert process.returncode == 0
-    assert told.count("waiting for it to come back") == told.count("is back") == told.count("moved or removed") == 1
+    assert told.count("waiting for it to come back") == told.count("is back") == 1
+    assert told.count("moved, removed or emptied; a new one is begun") == 2
     assert told.endswith("stopped\n")
 
 
