@@ -89,7 +89,7 @@ class FeaturePyramid(nn.Module):
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         ]
-        if self._wants_gradients(images):
+        if self._folded and not is_traced(images) and self._wants_gradients(images):
             self._folded, self._folded_state = (), None  # a step may follow, and torch does not count all of them
         if (
             not self.is_plain_inference(images)
