@@ -299,7 +299,7 @@ def test_files_that_are_no_checkpoints(make_model, fit, tmp_path):
             StfpmExt.load_from_checkpoint(tmp_path / "broken.ckpt")
 
 
-def test_defective_images_of_parts_are_not_held_out(make_model, images):
+def test_defective_images_of_parts_are_not_held_out(make_model, images, tmp_path):
     data = folder(images)
     data.setup()
     some = ConcatDataset([Subset(data.test_data, range(1, len(data.test_data))), data.test_data])
@@ -311,7 +311,7 @@ def test_defective_images_of_parts_are_not_held_out(make_model, images):
             seen.extend(some[index].gt_label.item() for index in module.choice.loader.dataset.indices)
 
     loader = DataLoader(some, batch_size=4, collate_fn=data.test_data.collate_fn)
-    Trainer(max_epochs=1, callbacks=[Look()], **QUIET).fit(model, loader)
+    Trainer(max_epochs=1, callbacks=[Look()], default_root_dir=tmp_path, **QUIET).fit(model, loader)
     labels = data.test_data.samples.label_index.to_numpy()
     assert model.choice._num_images == -(-((labels[1:] == 0).sum() + (labels == 0).sum()) // 2)
     assert not any(seen)
