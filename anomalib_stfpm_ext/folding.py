@@ -39,7 +39,7 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
 
     Args:
         network (nn.Module): The network, in evaluation mode, which returns a list of features.
-        images (torch.Tensor): Images ``(B, C, H, W)``, which the copy has been run on.
+        images (torch.Tensor): Images ``(B, C, H, W)``, on which the copy is tried.
 
     Returns:
         nn.Module: The copy, or the network itself where none is right.

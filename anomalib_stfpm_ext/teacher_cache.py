@@ -87,7 +87,7 @@ class TeacherCache(HeldForFit):
         self.release()
         try:
             if self.location == "auto" and trainer.strategy.root_device.type != "cpu":
-                return  # a GPU would wait for the features longer than it takes to compute them
+                return  # a GPU would fetch the features from here, which nobody has measured
             model: Any = pl_module
             held_out = model.choice and model.choice.loader
             _check_transform("pre_processor", getattr(model.pre_processor, "transform", None))
