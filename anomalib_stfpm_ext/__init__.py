@@ -12,16 +12,19 @@ TYPE_CHECKING = False  # typing's, without the import
 if TYPE_CHECKING:
     from .lightning_model import StfpmExt
     from .loss import StfpmExtLoss
+    from .prediction import Predictor, load_model
     from .scorer import anomaly_map
     from .torch_model import StfpmExtModel
 
-__all__ = ["StfpmExt", "StfpmExtLoss", "StfpmExtModel", "anomaly_map"]
+__all__ = ["Predictor", "StfpmExt", "StfpmExtLoss", "StfpmExtModel", "anomaly_map", "load_model"]
 
 _MODULE_OF = {
+    "Predictor": "prediction",
     "StfpmExt": "lightning_model",
     "StfpmExtLoss": "loss",
     "StfpmExtModel": "torch_model",
     "anomaly_map": "scorer",
+    "load_model": "prediction",
 }
 
 

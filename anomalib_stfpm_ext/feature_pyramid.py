@@ -2,21 +2,21 @@
 
 """The network on either side of STFPM: a timm backbone that returns the features of named levels."""
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import load_state_dict
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import Self
 
-from ._torch_op import is_transformed
-from .folding import fold
+from .acceleration.folding import fold
+from .backbones import create_extractor, find_tensor, layer_indices
+from .ops.anomaly_map import is_transformed
+from .weights import load_tensors, read_file
 
 # Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
 # system in each layer, and its page faults cost up to half of the time.
@@ -55,7 +55,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.layers = list(layers)
-        self.feature_extractor = _create_extractor(backbone, _layer_indices(backbone, layers))
+        self.feature_extractor = create_extractor(backbone, layer_indices(backbone, layers))
         info = self.feature_extractor.feature_info
         self.finest = min(zip(info.reduction(), info.module_name(), strict=True))[1]
         # For inference: a copy (in a tuple, so that it is no part of the model), and the state of what it was made of.
@@ -196,7 +196,7 @@ class Teacher(FeaturePyramid):
     def _load_pretrained(self) -> None:
         try:
             indices = self.feature_extractor.feature_info.out_indices
-            pretrained = _create_extractor(self.backbone, indices, pretrained=True)
+            pretrained = create_extractor(self.backbone, indices, pretrained=True)
         except Exception as error:
             msg = (
                 f"teacher_weights: timm's pretrained weights of {self.backbone!r} cannot be had "
@@ -215,7 +215,7 @@ class Teacher(FeaturePyramid):
         names = self.feature_extractor.state_dict()
         load_tensors(
             self.feature_extractor,
-            {name: tensor for name in names if (tensor := _find_tensor(file_weights, name)) is not None},
+            {name: tensor for name in names if (tensor := find_tensor(file_weights, name)) is not None},
             f"teacher_weights: {str(path)!r} does not fit {self.backbone!r}",
         )
 
@@ -248,133 +248,3 @@ def is_traced(images: torch.Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or is_in_torch_dispatch_mode()
     )
-
-
-def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str], Any]) -> Any:
-    """Read a file that somebody named.
-
-    Args:
-        argument (str): The argument that named it, for the error.
-        path (str | Path): The file.
-        kind (str): What it should be, for the error.
-        reader (Callable[[str], Any]): Reads it. It must not run code from the file.
-
-    Returns:
-        Any: What ``reader`` returns.
-
-    Raises:
-        TypeError: If ``path`` is no path.
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it cannot be read.
-    """
-    if not isinstance(path, str | Path):
-        msg = f"{argument}: wanted the path of {kind}, got {type(path).__qualname__}"
-        raise TypeError(msg)
-    if not Path(path).is_file():
-        what = "is no file" if Path(path).exists() else "does not exist"
-        msg = f"{argument}: wanted {kind}, got {str(path)!r}, which {what}"
-        raise FileNotFoundError(msg)
-    try:
-        return reader(str(path))
-    except Exception as error:
-        msg = f"{argument}: {str(path)!r} cannot be read as {kind}: {type(error).__name__}: {error}"
-        raise ValueError(msg) from error
-
-
-def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> None:
-    """Load all tensors of a module, and accept no others.
-
-    Args:
-        module (nn.Module): The module.
-        tensors (Mapping[str, Any]): Its tensors by name.
-        misfit (str): Start of the error's message: what does not fit what.
-
-    Raises:
-        ValueError: If tensors are missing, of another shape, or unknown to the module.
-    """
-    wanted = module.state_dict()
-    wrong = []
-    for name in {**wanted, **tensors}:
-        if name not in tensors and name.endswith("num_batches_tracked"):
-            continue  # absent from old files, and of no effect
-        want = tuple(wanted[name].shape) if name in wanted else "no such tensor"
-        found = tensors.get(name, "missing")
-        found = tuple(found.shape) if isinstance(found, torch.Tensor) else found
-        if found != want:
-            wrong.append(f"{name} is {found}, wanted {want}")
-    if wrong:
-        msg = f"{misfit}: {_shorten(wrong)}"
-        raise ValueError(msg)
-    module.load_state_dict(tensors, strict=False)
-
-
-def _create_extractor(backbone: str, indices: Sequence[int], pretrained: bool = False) -> Any:
-    """Create timm's extractor, without the stages after the last level, which EfficientNet and MobileNetV3 keep.
-
-    Nobody reads those, they take time, and their parameters without gradients stop distributed training.
-    """
-    extractor = timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=tuple(indices))
-    stages = [level["stage"] for level in extractor.feature_info.get_dicts() if "stage" in level]
-    if stages and isinstance(getattr(extractor, "blocks", None), nn.Sequential):
-        del extractor.blocks[max(stages) :]
-    return extractor
-
-
-def _layer_indices(backbone: str, layers: Sequence[str]) -> tuple[int, ...]:
-    """Return timm's indices of the layers, ascending."""
-    if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
-        msg = f"layers: wanted a list of names, got {layers!r}"
-        raise TypeError(msg)
-    known = _pyramid_layers(backbone)
-    unknown = [layer for layer in layers if layer not in known]
-    if unknown or not layers or len(set(layers)) < len(layers):
-        msg = f"layers: wanted one or more of {known}, each once, for backbone {backbone!r}, got {list(layers)}"
-        raise ValueError(msg)
-    return tuple(sorted(known.index(layer) for layer in layers))
-
-
-def _pyramid_layers(backbone: str) -> list[str]:
-    """Return the names of the levels that a backbone has, from fine to coarse."""
-    if not isinstance(backbone, str):
-        msg = f"backbone: wanted the name of a timm model, got {type(backbone).__qualname__}"
-        raise TypeError(msg)
-    architecture, _, tag = backbone.partition(".")
-    if not timm.is_model(architecture):
-        similar = difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        msg = f"backbone: timm has no model {backbone!r}" + (
-            f"; similar names: {', '.join(similar)}" if similar else ""
-        )
-        raise ValueError(msg)
-    if tag and not timm.is_model_pretrained(backbone):
-        tags = timm.list_pretrained(f"{architecture}.*")
-        msg = f"backbone: timm has no weights {tag!r} of {architecture!r}, only {', '.join(tags)}"
-        raise ValueError(msg)
-    try:
-        with torch.device("meta"):
-            info = timm.create_model(backbone, pretrained=False, features_only=True).feature_info
-        strides = {level["reduction"] for level in info.info}
-    except Exception as error:
-        msg = f"backbone: timm offers no feature pyramid of {backbone!r}: {error}"
-        raise ValueError(msg) from error
-    if len(strides) < 2:
-        msg = f"backbone: {backbone!r} has no feature pyramid, all its levels have stride {strides.pop()}"
-        raise ValueError(msg)
-    return [level["module"] for level in info.info]
-
-
-def _find_tensor(weights: Mapping[str, Any], name: str) -> torch.Tensor | None:
-    """Find a tensor of timm's feature extractor in the state dict of a whole network."""
-    found = (weights[candidate] for candidate in _names_in_network(name) if candidate in weights)
-    return next((tensor for tensor in found if isinstance(tensor, torch.Tensor)), None)
-
-
-def _names_in_network(name: str) -> Iterator[str]:
-    yield name
-    first, _, rest = name.partition(".")
-    yield rest  # "model." and "body." of timm's FeatureGetterNet and FeatureHookNet
-    yield f"{'.'.join(first.rsplit('_', 1))}.{rest}"  # "stages_0." of its FeatureListNet, for "stages.0."
-
-
-def _shorten(items: Sequence[str], most: int = 5) -> str:
-    more = f"; and {len(items) - most} more" if len(items) > most else ""
-    return "; ".join(items[:most]) + more

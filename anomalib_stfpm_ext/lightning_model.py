@@ -19,7 +19,6 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.utils.serialization import anomalib_safe_globals
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
@@ -30,21 +29,22 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from .distributed import StudentSync, share_images
-from .feature_pyramid import read_file
-from .held_out import CHECKPOINT_KEY, STUDENT_PREFIX, StudentChoice, check_decay, check_resumed, check_share
-from .kept_memory import HeldForFit, KeptMemory
+from .callbacks.allocator import AllocatorTuning, HeldForFit
+from .callbacks.distributed import StudentSync, share_images
+from .callbacks.hold_out import check_share
+from .callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX, StudentSelection, check_decay, check_resumed
+from .callbacks.teacher_cache import CacheLocation, TeacherCache
+from .checkpoints import bring_back, leave_out, load_content
+from .errors import fail
 from .loss import StfpmExtLoss
-from .scorer import fail
-from .teacher_cache import CacheLocation, TeacherCache
-from .teacher_checkpoint import bring_back, leave_out
 from .torch_model import CompileMode, StfpmExtModel
+from .weights import read_file
 
 MAX_EPOCHS = 100
 NETWORK_KEY = "stfpm_ext_network"  # of a checkpoint
 
 
-class SentLoss(NamedTuple):
+class PendingLoss(NamedTuple):
     """A loss on its way from the device, so that nobody waits for the device until the loss is read."""
 
     value: torch.Tensor
@@ -52,7 +52,7 @@ class SentLoss(NamedTuple):
     where: str
 
     @classmethod
-    def send(cls, loss: torch.Tensor, where: str) -> "SentLoss":
+    def send(cls, loss: torch.Tensor, where: str) -> "PendingLoss":
         """Start the copy of a loss of the step at ``where``."""
         if not loss.is_cuda:
             return cls(loss, None, where)
@@ -68,30 +68,7 @@ class SentLoss(NamedTuple):
         return float(self.value)
 
 
-def load_content(path: str) -> dict[str, Any]:
-    """Load a checkpoint of Lightning's, without running code from it.
-
-    Args:
-        path (str): The file.
-
-    Returns:
-        dict[str, Any]: Its content, on the CPU, with ``state_dict`` and ``hyper_parameters``.
-
-    Raises:
-        ValueError: If it has no state dict.
-    """
-    with anomalib_safe_globals():
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        msg = "it has no state_dict"
-        raise ValueError(msg)
-    if not isinstance(content.setdefault("hyper_parameters", {}), dict):
-        msg = "its hyper_parameters are no dictionary"
-        raise ValueError(msg)
-    return content
-
-
-class ChoiceOfFit(HeldForFit):
+class SelectionOfFit(HeldForFit):
     """Leaves the best student in the model where a fit ends by an exception, or before its first step.
 
     Args:
@@ -242,8 +219,8 @@ class StfpmExt(AnomalibModule):
             fail(ValueError, "teacher_cache_half", "False where teacher_cache is None", teacher_cache_half)
         self.cache = None if teacher_cache is None else TeacherCache(teacher_cache, teacher_cache_half)
         self.lr_schedule, self.ema_decay = lr_schedule, ema_decay
-        self.choice: StudentChoice | None = None
-        self._losses: deque[SentLoss] = deque()
+        self.choice: StudentSelection | None = None
+        self._losses: deque[PendingLoss] = deque()
         self._resumed_choice: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -290,7 +267,7 @@ class StfpmExt(AnomalibModule):
         if self.trainer.world_size > 1:  # all processes stop at the same step
             loss = loss.clone()
             torch.distributed.all_reduce(loss)
-        self._losses.append(SentLoss.send(loss, self._where()))
+        self._losses.append(PendingLoss.send(loss, self._where()))
         self._check_losses(unread_losses(loss.device))
         if self.trainer.global_step == self.trainer.max_steps:
             # Or else Lightning leaves out the validation, and so the threshold, where the steps end within an epoch.
@@ -361,7 +338,7 @@ class StfpmExt(AnomalibModule):
             check_resumed(self._resumed_choice, self.held_out_share, self.ema_decay)
         if self.held_out_share or self.ema_decay is not None:
             student = self.model.student_model
-            self.choice = StudentChoice(student, self.held_out_share, self.seed or 0, self.ema_decay)
+            self.choice = StudentSelection(student, self.held_out_share, self.seed or 0, self.ema_decay)
             self.choice.start(self.trainer, self._resumed_choice)
         self._resumed_choice = None
 
@@ -384,12 +361,13 @@ class StfpmExt(AnomalibModule):
         return partial(self.cache.features, teacher=self.model.teacher_features) if self.cache else None
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add what lasts as long as a fit to anomalib's callbacks: the choice of the student, kept memory, the cache.
+        """Add what lasts as long as a fit: student selection, the teacher cache, allocator tuning.
 
         Returns:
             Sequence[Callback]: The callbacks.
         """
-        held = [ChoiceOfFit(self), *([self.cache] if self.cache else []), KeptMemory()]  # which trims what others free
+        # Allocator tuning comes last: it trims what the others free.
+        held = [SelectionOfFit(self), *([self.cache] if self.cache else []), AllocatorTuning()]
         return [*super().configure_callbacks(), *held]
 
     def on_train_start(self) -> None:
@@ -514,7 +492,7 @@ class StfpmExt(AnomalibModule):
             if not math.isfinite(value):
                 self._stop(f"a loss of {value}", loss.where)
 
-    def _measure(self, choice: StudentChoice) -> float:
+    def _measure(self, choice: StudentSelection) -> float:
         self._check_losses()
         value = choice.measure(self.trainer, self)
         if not math.isfinite(value):

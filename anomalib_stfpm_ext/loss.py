@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from . import _torch_loss  # noqa: F401  # defines the operator
-from ._torch_op import has_kernel, is_transformed, squared_distance
-from .scorer import check_features, pair_levels
+from .ops import feature_matching  # noqa: F401  # defines the operator
+from .ops.anomaly_map import has_kernel, is_transformed
+from .ops.arguments import check_features, pair_levels
+from .ops.reference import squared_distance
 
 
 def formula(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> torch.Tensor:

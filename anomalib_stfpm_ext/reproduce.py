@@ -40,9 +40,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 
+from .errors import fail
 from .lightning_model import StfpmExt
-from .pictures import draw_sheet, pick
-from .scorer import fail
+from .visualization import draw_sheet, pick
 
 METRICS = {
     "image_AUROC": "image AUROC",

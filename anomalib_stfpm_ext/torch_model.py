@@ -13,10 +13,13 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.utils import _pytree
 
-from ._torch_op import formula, has_kernel
+from .acceleration.concurrent import can_run_concurrently, run_concurrently
+from .errors import fail
 from .feature_pyramid import FeaturePyramid, Student, Teacher, is_traced
-from .scorer import anomaly_map, check_options, fail
-from .side_by_side import can_run_side_by_side, side_by_side
+from .ops.anomaly_map import has_kernel
+from .ops.arguments import check_options
+from .ops.reference import formula
+from .scorer import anomaly_map
 
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
@@ -146,8 +149,8 @@ class StfpmExtModel(nn.Module):
         """
         teacher, student = partial(self.teacher_features, images), partial(self._features, self.student_model, images)
         plain = all(network.is_plain_inference(images) for network in (self.teacher_model, self.student_model))
-        if plain and can_run_side_by_side(images.device):
-            return side_by_side(teacher, student)
+        if plain and can_run_concurrently(images.device):
+            return run_concurrently(teacher, student)
         return teacher(), student()
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

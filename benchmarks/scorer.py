@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from anomalib_stfpm_ext import _core, anomaly_map
-from anomalib_stfpm_ext.scorer import check_options, core_call
+from anomalib_stfpm_ext.ops.arguments import check_options
+from anomalib_stfpm_ext.ops.native import core_call
 
 
 def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: dict[str, float]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The mathematics of the scorer and the loss, for host and device: the one place where the formulas stand.
-// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/_torch_op.py and loss.py in plain torch
+// tests/reference.py states them in float64 NumPy, anomalib_stfpm_ext/ops/reference.py and loss.py in plain torch
 // operations.
 //
 //   t = T / max(||T||, eps),  s = S / max(||S||, eps)     over the channels, eps = 1e-12

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The Python module _core: integers in, structs out, the GIL released. Its callers in scorer.py have checked
+// The Python module _core: integers in, structs out, the GIL released. Its callers have checked
 // all but overlaps; _core.pyi says what they mean.
 
 #include <pybind11/pybind11.h>

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate, normalize
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.bridges import main, read_anomalib_checkpoint, read_authors_student, write_authors_student
+from anomalib_stfpm_ext.convert import main, read_anomalib_checkpoint, read_authors_student, write_authors_student
 
 LAYERS = ["layer1", "layer2", "layer3"]
 OTHER = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.4", "blocks.1"]}
@@ -251,8 +251,8 @@ def test_stock_anomalib_predicts_with_what_was_read(images, tmp_path, capsys, mo
     anomalib_checkpoint(tmp_path / "stfpm.ckpt", backbone="test_resnet", layers=["layer1", "layer3"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bridges", "read-anomalib", "stfpm.ckpt", "ours.ckpt"])
-    monkeypatch.delitem(sys.modules, "anomalib_stfpm_ext.bridges")
-    runpy.run_module("anomalib_stfpm_ext.bridges", run_name="__main__")  # what python -m does
+    monkeypatch.delitem(sys.modules, "anomalib_stfpm_ext.convert")
+    runpy.run_module("anomalib_stfpm_ext.convert", run_name="__main__")  # what python -m does
     options = capsys.readouterr().out.partition("give anomalib: ")[2]
     command = [str(Path(sys.executable).with_name("anomalib")), "predict", *shlex.split(options), "--data"]
     result = subprocess.run(

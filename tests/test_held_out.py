@@ -33,7 +33,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from anomalib_stfpm_ext import StfpmExt, lightning_model
-from anomalib_stfpm_ext.held_out import CHECKPOINT_KEY, STUDENT_PREFIX, split
+from anomalib_stfpm_ext.callbacks.hold_out import split
+from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 

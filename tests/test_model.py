@@ -17,8 +17,8 @@ from timm.models import FeatureListNet
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map, feature_pyramid
+from anomalib_stfpm_ext.acceleration.folding import PACKS_WEIGHTS, PackedConv2d, fold
 from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher
-from anomalib_stfpm_ext.folding import PACKS_WEIGHTS, PackedConv2d, fold
 
 LAYERS = ("layer1", "layer2", "layer3")
 # Tiny networks of timm's, one for each way in which it wraps a backbone.

@@ -9,9 +9,9 @@ from anomalib.data.utils import read_image
 from PIL import Image
 from skimage.draw import disk
 
-from anomalib_stfpm_ext import StfpmExt, pictures
-from anomalib_stfpm_ext.bridges import save_checkpoint
-from anomalib_stfpm_ext.pictures import LevelMaps, draw_histogram, draw_levels, main, measure_levels, raw_threshold
+from anomalib_stfpm_ext import StfpmExt, visualization
+from anomalib_stfpm_ext.convert import save_checkpoint
+from anomalib_stfpm_ext.visualization import LevelMaps, draw_histogram, draw_levels, main, measure_levels, raw_threshold
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def checkpoint(model, tmp_path_factory):
 @pytest.fixture
 def figures(monkeypatch):
     """Hand out the figures instead of pictures of them."""
-    monkeypatch.setattr(pictures, "_render", lambda figure: figure)
+    monkeypatch.setattr(visualization, "_render", lambda figure: figure)
 
 
 def two_levels(value: float) -> LevelMaps:

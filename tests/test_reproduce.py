@@ -22,8 +22,8 @@ from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resize
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.pictures import pick
 from anomalib_stfpm_ext.reproduce import PUBLISHED, main, make_table, measure, rescaled_pro, to_markdown
+from anomalib_stfpm_ext.visualization import pick
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
 from conftest import PYRAMIDS, make_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anomalib_stfpm_ext import _core, _torch_loss, _torch_op, anomaly_map
+from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext.ops import anomaly_map as map_operators
+from anomalib_stfpm_ext.ops import feature_matching
 
 
 def assert_close(result, expected, rtol, what="map"):
@@ -337,9 +339,9 @@ def test_cuda_tensors_on_a_build_without_cuda(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         features = [torch.empty(1, 2, 4, 4, device="cuda")]
         with pytest.raises(ValueError, match=r"teacher\[0\]: wanted features on the CPU, since this build has no CUDA"):
-            _torch_op._fused(features, features, 8, 8)
+            map_operators._fused(features, features, 8, 8)
         with pytest.raises(ValueError, match=r"teacher\[0\]: wanted features on the CPU, since this build has no CUDA"):
-            _torch_loss._fused(features, features)
+            feature_matching._fused(features, features)
 
 
 def level(*shape, dtype=np.float32):

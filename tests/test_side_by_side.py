@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from anomalib_stfpm_ext import StfpmExtModel, torch_model
-from anomalib_stfpm_ext.side_by_side import can_run_side_by_side, side_by_side
+from anomalib_stfpm_ext.acceleration.concurrent import can_run_concurrently, run_concurrently
 
 
 @pytest.fixture(autouse=True)
 def two_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    if not can_run_side_by_side(torch.device("cpu")):
+    if not can_run_concurrently(torch.device("cpu")):
         pytest.skip("on x86-64 only")
     yield
     torch.set_num_threads(threads)
@@ -33,9 +33,9 @@ def calls(monkeypatch):
 
     def run(*computations):
         calls.append(computations)
-        return side_by_side(*computations)
+        return run_concurrently(*computations)
 
-    monkeypatch.setattr(torch_model, "side_by_side", run)
+    monkeypatch.setattr(torch_model, "run_concurrently", run)
     return calls
 
 
@@ -55,7 +55,7 @@ def test_same_maps_as_one_after_the_other(model, calls, mode):
 
 def test_at_the_same_time():
     together = threading.Barrier(2, timeout=60)
-    first, second = side_by_side(together.wait, together.wait)
+    first, second = run_concurrently(together.wait, together.wait)
     assert {first, second} == {0, 1}
 
 
@@ -98,6 +98,6 @@ def test_an_error_of_either_reaches_the_caller(model):
     with torch.no_grad(), pytest.raises(RuntimeError, match="3 channels"):
         model(torch.randn(1, 4, 64, 64))
     with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda: 1, lambda: 1 // 0)
+        run_concurrently(lambda: 1, lambda: 1 // 0)
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))

@@ -21,8 +21,9 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from anomalib_stfpm_ext import StfpmExt, teacher_cache
-from anomalib_stfpm_ext.teacher_cache import TeacherCache
+from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.callbacks import teacher_cache
+from anomalib_stfpm_ext.callbacks.teacher_cache import TeacherCache
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.bridges import save_checkpoint, write_authors_student
-from anomalib_stfpm_ext.teacher_checkpoint import CHECKPOINT_KEY, TEACHER_PREFIX, checksum
+from anomalib_stfpm_ext.checkpoints import CHECKPOINT_KEY, TEACHER_PREFIX, checksum
+from anomalib_stfpm_ext.convert import save_checkpoint, write_authors_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = ["layer1", "layer2"]

@@ -23,7 +23,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.bridges import save_checkpoint
+from anomalib_stfpm_ext.convert import save_checkpoint
 from anomalib_stfpm_ext.watch import main
 
 

@@ -7,9 +7,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import _core, scorer
-from ._torch_op import check_kernel, current_stream
-from .scorer import OUTPUT_DTYPES, dtype_name, fail
+from .. import _core
+from ..errors import fail
+from . import arguments
+from .anomaly_map import check_kernel, current_stream
+from .arguments import OUTPUT_DTYPES, dtype_name
+from .native import core_levels
 
 Tensors = Sequence[torch.Tensor]
 
@@ -23,7 +26,7 @@ _LIBRARY.define(
 
 def _allocate(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the features, and return memory for the loss and the scalars."""
-    scorer.check_features(teacher, student, torch.Tensor)
+    arguments.check_features(teacher, student, torch.Tensor)
     options: dict[str, Any] = {
         "dtype": getattr(torch, OUTPUT_DTYPES[dtype_name(teacher[0].dtype)]),
         "device": teacher[0].device,
@@ -55,7 +58,7 @@ def _allocate_gradients(
     upstream: torch.Tensor, teacher: Tensors, student: Tensors, scalars: torch.Tensor
 ) -> list[torch.Tensor]:
     """Check the arguments, and return memory for the gradients, laid out as the student's features are."""
-    scorer.check_features(teacher, student, torch.Tensor)
+    arguments.check_features(teacher, student, torch.Tensor)
     dtype, device = getattr(torch, OUTPUT_DTYPES[dtype_name(teacher[0].dtype)]), teacher[0].device
     for name, tensor, shape in (("upstream", upstream, ()), ("scalars", scalars, _scalars_shape(teacher))):
         if (tensor.dtype, tensor.device) != (dtype, device):
@@ -82,7 +85,7 @@ def _fused_backward(
 
 
 def _call(teacher: Tensors, student: Tensors, scalars: torch.Tensor) -> "_core.MatchingCall":
-    levels = scorer.core_levels(teacher, student, torch.Tensor.data_ptr, torch.Tensor.stride)
+    levels = core_levels(teacher, student, torch.Tensor.data_ptr, torch.Tensor.stride)
     return dtype_name(teacher[0].dtype), levels, len(teacher[0]), scalars.data_ptr()
 
 

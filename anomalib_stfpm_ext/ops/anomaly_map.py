@@ -2,19 +2,21 @@
 
 """The scorer as the torch operators ``anomalib_stfpm_ext::anomaly_map`` and ``anomaly_map_out``.
 
-Its formula in plain torch operations is here too: for gradients, exporters and devices without a kernel of their own.
+The formula of ``reference`` serves gradients, exporters and devices without a kernel of their own.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from . import _core, scorer
-from .scorer import OUTPUT_DTYPES, Options, dtype_name, fail
+from .. import _core
+from ..errors import fail
+from . import arguments
+from .arguments import Options
+from .native import core_call
+from .reference import formula, output_dtype
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
 _OPTIONS = "float[] weights=[], str combine='product', SymInt[]? combine_size=None"
@@ -35,14 +37,14 @@ def anomaly_map(
 ) -> tuple[torch.Tensor, ...]:
     """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
     if not torch.compiler.is_compiling():  # of symbols the operators check the values, when they run
-        image_size, options = scorer.check_sizes(image_size, options)
+        image_size, options = arguments.check_sizes(image_size, options)
     differentiable = _is_differentiable(teacher, student)
     weights, combine, combine_size, level_maps = options
     if out is not None:
         if differentiable:
             fail(ValueError, "out", "None where gradients are required", "memory that has none")
-        shapes = scorer.output_shapes(teacher, image_size, options)
-        scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
+        shapes = arguments.output_shapes(teacher, image_size, options)
+        arguments.check_outputs(out, torch.Tensor, shapes, output_dtype(teacher), teacher[0].device)
         torch.ops.anomalib_stfpm_ext.anomaly_map_out.default(
             teacher,
             student,
@@ -55,7 +57,7 @@ def anomaly_map(
         )
         return tuple(out)
     if differentiable or _is_exported_without_operators():
-        scorer.check_features(teacher, student, torch.Tensor)
+        arguments.check_features(teacher, student, torch.Tensor)
         return formula(teacher, student, image_size, options)
     return tuple(
         torch.ops.anomalib_stfpm_ext.anomaly_map.default(
@@ -98,12 +100,6 @@ def check_kernel(device: torch.device) -> None:
         fail(ValueError, "teacher[0]", wanted, device)
 
 
-def squared_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance of normalised features ``(B, C, H, W)`` at each position: ``(B, 1, H, W)``."""
-    dtype = _output_dtype([teacher])
-    return (F.normalize(teacher.to(dtype)) - F.normalize(student.to(dtype))).square().sum(dim=1, keepdim=True)
-
-
 def _is_exported_without_operators() -> bool:
     """Whether TorchScript or ONNX, which know no operator of ours, is recording this call."""
     if torch.compiler.is_compiling():
@@ -111,48 +107,28 @@ def _is_exported_without_operators() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def formula(
-    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options
-) -> tuple[torch.Tensor, ...]:
-    """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
-    level_maps, weighted = [], []
-    for t, s, weight in zip(teacher, student, options.weights, strict=True):
-        distance = 0.5 * squared_distance(t, s)
-        level_map = F.interpolate(distance, options.combine_size or image_size, mode="bilinear", align_corners=False)
-        level_maps.append(level_map)
-        if weight != 1:
-            level_map = level_map**weight if options.combine == "product" else level_map * weight
-        weighted.append(level_map)
-    combine: Any = {"product": torch.mul, "sum": torch.add, "maximum": torch.maximum}[options.combine]
-    amap: torch.Tensor = functools.reduce(combine, weighted)
-    if options.combine_size is not None:
-        amap = F.interpolate(amap, image_size, mode="bilinear", align_corners=False)
-    result = (amap, amap.amax(dim=(1, 2, 3)))
-    return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
-
-
 def _allocate(teacher: Tensors, image_size: Sequence[int], options: Options) -> list[torch.Tensor]:
-    dtype, device = _output_dtype(teacher), teacher[0].device
-    shapes = scorer.output_shapes(teacher, image_size, options)
+    dtype, device = output_dtype(teacher), teacher[0].device
+    shapes = arguments.output_shapes(teacher, image_size, options)
     return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
 def _fake(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    scorer.check_features(teacher, student, torch.Tensor)
+    arguments.check_features(teacher, student, torch.Tensor)
     return _allocate(teacher, (height, width), _options(teacher, **options))
 
 
 def _fused(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    scorer.check_features(teacher, student, torch.Tensor)
-    image_size, checked = scorer.check_sizes((height, width), _options(teacher, **options))
+    arguments.check_features(teacher, student, torch.Tensor)
+    image_size, checked = arguments.check_sizes((height, width), _options(teacher, **options))
     outputs = _allocate(teacher, image_size, checked)
     _run(teacher, student, outputs, checked)
     return outputs
 
 
 def _default(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    scorer.check_features(teacher, student, torch.Tensor)
-    return list(formula(teacher, student, *scorer.check_sizes((height, width), _options(teacher, **options))))
+    arguments.check_features(teacher, student, torch.Tensor)
+    return list(formula(teacher, student, *arguments.check_sizes((height, width), _options(teacher, **options))))
 
 
 def _check_out(
@@ -165,14 +141,14 @@ def _check_out(
     **options: Any,
 ) -> tuple[list[torch.Tensor], Options]:
     """Check the arguments, and return the memory for the results and the options."""
-    scorer.check_features(teacher, student, torch.Tensor)
+    arguments.check_features(teacher, student, torch.Tensor)
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
     checked = _options(teacher, level_maps=level_maps is not None, **options)
-    image_size, checked = scorer.check_sizes(amap.shape[2:], checked)
-    shapes = scorer.output_shapes(teacher, image_size, checked)
+    image_size, checked = arguments.check_sizes(amap.shape[2:], checked)
+    shapes = arguments.output_shapes(teacher, image_size, checked)
     out = [amap, score] if level_maps is None else [amap, score, level_maps]
-    scorer.check_outputs(out, torch.Tensor, shapes, _output_dtype(teacher), teacher[0].device)
+    arguments.check_outputs(out, torch.Tensor, shapes, output_dtype(teacher), teacher[0].device)
     return out, checked
 
 
@@ -195,7 +171,7 @@ def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
 def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
     device = teacher[0].device
     check_kernel(device)
-    call = scorer.core_call(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride)
+    call = core_call(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride)
     if device.type == "cpu":
         _core.anomaly_map(call, torch.get_num_threads())
     else:
@@ -217,12 +193,7 @@ def _options(
     combine_size: Sequence[int] | None = None,
     level_maps: bool = False,
 ) -> Options:
-    return scorer.check_options(weights or None, combine, combine_size, level_maps, range(len(teacher)))
-
-
-def _output_dtype(features: Tensors) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(features[0].dtype)])
-    return dtype
+    return arguments.check_options(weights or None, combine, combine_size, level_maps, range(len(teacher)))
 
 
 # Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.

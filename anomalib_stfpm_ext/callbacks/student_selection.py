@@ -1,32 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The choice of the student: good images that it never trains on say which epoch's student is kept."""
+"""Student selection: good images that it never trains on say which epoch's student is kept."""
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from anomalib.data import AnomalibDataModule, AnomalibDataset
-from anomalib.data.utils import LabelName, ValSplitMode
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, Trainer
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
 
-from .scorer import fail
+from ..errors import fail
+from .hold_out import hold_out
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 CHECKPOINT_KEY = "stfpm_ext_held_out"
 STUDENT_PREFIX = "model.student_model."  # of the student's tensors in a checkpoint's state_dict
@@ -40,7 +31,7 @@ class Measurement(NamedTuple):
     value: float
 
 
-class StudentChoice:
+class StudentSelection:
     """Holds good training images out, measures students on them and keeps the best, as the paper's authors do.
 
     Two students are alive during a fit: the one in training and the best so far. One of them is in the network, the
@@ -92,7 +83,7 @@ class StudentChoice:
         if resumed:
             self.seed = resumed["seed"]  # the same images as before
         if self.share:
-            self._hold_out(trainer)
+            self._num_images, self.loader = hold_out(trainer, self.share, self.seed)
         current = self.student.state_dict()
         if self.ema_decay is not None:
             # Running statistics are averaged like the weights: a copy would be that of other, newer features. timm's
@@ -235,66 +226,6 @@ class StudentChoice:
             for buffer in self.student.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _hold_out(self, trainer: Trainer) -> None:
-        """Make the loader of held-out images; unless the data module holds some out, leave the others to the training.
-
-        Neither the user's data module nor data set is changed.
-        """
-        source = trainer.fit_loop._data_source  # Lightning has no public way to a loader that was given to fit()
-        datamodule: Any = source.instance
-        if getattr(datamodule, "val_split_mode", None) == ValSplitMode.FROM_TRAIN:
-            loader = datamodule.val_dataloader()
-            dataset, held_out = loader.dataset, _good_images(loader.dataset)
-            if not len(held_out):
-                wanted = "good images in the data module's split, as val_split_mode is from_train"
-                fail(ValueError, "held_out_share", wanted, f"none of {len(dataset)}")
-        else:
-            reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-            if source.is_module() and reload:
-                wanted = "a data set that stays the same (or 0 to hold nothing out)"
-                fail(ValueError, "held_out_share", wanted, f"reload_dataloaders_every_n_epochs={reload}")
-            if not len(getattr(datamodule, "train_data", (True,))):  # of which torch makes no loader
-                fail(ValueError, "held_out_share", "a data module with good training images", "one without images")
-            loader = _check_splittable(source.dataloader())
-            good = _good_images(loader.dataset)
-            held_out = split(len(good), self.share, self.seed)
-            dataset, held_out = loader.dataset, good[held_out]
-            training = np.setdiff1d(np.arange(len(dataset)), held_out)
-            source.instance = same_loader(
-                loader,
-                Subset(dataset, training.tolist()),
-                shuffle=isinstance(loader.sampler, RandomSampler),
-                drop_last=loader.drop_last,
-                generator=loader.generator or getattr(loader.sampler, "generator", None),
-            )
-            if not len(source.instance):
-                wanted = f"a share that leaves a batch of {loader.batch_size} images to train on"
-                fail(ValueError, "held_out_share", wanted, f"{len(training)} images, and drop_last=True")
-            trainer.fit_loop._combined_loader = None  # of all images, which a learning rate finder may have left
-            if isinstance(datamodule, AnomalibDataModule):
-                dataset = copy.copy(dataset)
-                dataset.augmentations = datamodule.test_data.augmentations
-        self._num_images = len(held_out)
-        share_of_process = held_out[trainer.global_rank :: trainer.world_size].tolist()
-        self.loader = same_loader(loader, Subset(dataset, share_of_process))
-
-
-def check_share(share: float) -> None:
-    """Check the share of held-out images.
-
-    Args:
-        share (float): The share.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not in [0, 1).
-    """
-    wanted = "a share of the good training images of at least 0 (holds none out) and less than 1"
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        fail(TypeError, "held_out_share", wanted, repr(share))
-    if not 0 <= share < 1:
-        fail(ValueError, "held_out_share", wanted, share)
-
 
 def check_decay(decay: float | None) -> None:
     """Check the decay of the exponential moving average.
@@ -319,7 +250,7 @@ def check_resumed(resumed: dict[str, Any], share: float, ema_decay: float | None
     """Check that a fit goes on with the settings that it began with.
 
     Args:
-        resumed (dict[str, Any]): What :meth:`StudentChoice.save` wrote.
+        resumed (dict[str, Any]): What :meth:`StudentSelection.save` wrote.
         share (float): Share of held-out images.
         ema_decay (float | None): Decay of the average.
 
@@ -334,78 +265,6 @@ def check_resumed(resumed: dict[str, Any], share: float, ema_decay: float | None
             fail(ValueError, argument, f"{before} as in the checkpoint", now)
 
 
-def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
-    """Say which of the good training images are held out.
-
-    It is the authors' split: theirs comes from scikit-learn's ``train_test_split(test_size=share, random_state=seed)``.
-
-    Args:
-        num_images (int): Number of good training images.
-        share (float): Share of them to hold out, rounded up to whole images.
-        seed (int): Seed of the permutation; the global random numbers are neither used nor changed.
-
-    Returns:
-        np.ndarray: Indices of the held-out images.
-
-    Raises:
-        ValueError: If no image is left on one of the sides.
-    """
-    num_held_out = math.ceil(share * num_images)
-    if not 0 < num_held_out < num_images:
-        wanted = "a share that leaves good images both to hold out and to train on"
-        fail(ValueError, "held_out_share", wanted, f"{share} of {num_images} good training images")
-    return np.random.RandomState(seed).permutation(num_images)[:num_held_out]
-
-
 def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
     for name, tensor in source.items():
         target[name].copy_(tensor)
-
-
-def _good_images(dataset: Any) -> "np.ndarray[Any, Any]":
-    """Return the indices of the good images; in a data set without anomalib's labels, all are."""
-    if isinstance(dataset, Subset):
-        return np.flatnonzero(np.isin(dataset.indices, _good_images(dataset.dataset)))
-    if isinstance(dataset, ConcatDataset):
-        starts = zip(dataset.datasets, [0, *dataset.cumulative_sizes], strict=False)
-        return np.concatenate([start + _good_images(part) for part, start in starts])
-    if isinstance(dataset, AnomalibDataset):
-        return np.flatnonzero(dataset.samples.label_index == LabelName.NORMAL)
-    return np.arange(len(dataset))
-
-
-def _check_splittable(loader: Any) -> Any:
-    """Return the loader if its images can be split, and :func:`same_loader` can make another of it; otherwise raise."""
-    dataset: Any = getattr(loader, "dataset", None)
-    sampler: Any = getattr(loader, "sampler", None)
-    got = None
-    if type(loader) is not DataLoader:
-        got = type(loader).__qualname__
-    elif isinstance(dataset, IterableDataset):
-        got = f"the iterable {type(dataset).__qualname__}"
-    elif loader.batch_size is None:
-        got = "a DataLoader with a batch_sampler or without batches"
-    elif type(sampler) not in (RandomSampler, SequentialSampler) or getattr(sampler, "replacement", False):
-        got = f"a DataLoader with {type(sampler).__qualname__} as sampler"
-    elif len(sampler) != len(dataset):
-        got = f"a sampler of {len(sampler)} of {len(dataset)} images"
-    if got:
-        wanted = "training images in one DataLoader, all in each epoch, that can be split (or 0 to hold nothing out)"
-        fail(ValueError, "held_out_share", wanted, got)
-    return loader
-
-
-def same_loader(loader: DataLoader[Any], dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
-    """Make a loader of other images.
-
-    Args:
-        loader (DataLoader): A loader with a batch size.
-        dataset (Dataset): The images.
-        settings (Any): What becomes different, and the sampler's settings; the rest is the given loader's.
-
-    Returns:
-        DataLoader: The loader.
-    """
-    same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "in_order"]
-    same += ["multiprocessing_context", "prefetch_factor", "persistent_workers"]
-    return DataLoader(dataset, **{name: getattr(loader, name) for name in same}, **settings)

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .scorer import fail
+from ..errors import fail
 
 # Other processors have oneDNN too, but nobody has measured that it pays there.
 PACKS_WEIGHTS = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Memory that a training on a CPU keeps from step to step."""
+"""Allocator tuning: a training on a CPU keeps its memory from step to step."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ class HeldForFit(Callback, ABC):
         self.release()
 
 
-class KeptMemory(HeldForFit):
+class AllocatorTuning(HeldForFit):
     """Lets glibc keep freed memory while a fit runs on a CPU.
 
     Activations are larger than what glibc keeps by itself, so that each step would take its memory from the system

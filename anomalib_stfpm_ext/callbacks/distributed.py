@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, SequentialSampler
 
-from .held_out import same_loader
+from .hold_out import same_loader
 
 
 class StudentSync(LayerSync):

@@ -1,18 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints without the teacher, which they name instead: it is half of the model, and many models share it."""
+"""Checkpoints: read without running code from them, and saved without the teacher, which they then name instead.
+
+The teacher is half of the model, and many models share it.
+"""
 
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from anomalib.utils.serialization import anomalib_safe_globals
 
+from .errors import fail
 from .feature_pyramid import Teacher
-from .scorer import fail
 
 CHECKPOINT_KEY = "stfpm_ext_teacher"
 TEACHER_PREFIX = "model.teacher_model."  # of the teacher's tensors in a checkpoint's state_dict
+
+
+def load_content(path: str) -> dict[str, Any]:
+    """Load a checkpoint of Lightning's, without running code from it.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        dict[str, Any]: Its content, on the CPU, with ``state_dict`` and ``hyper_parameters``.
+
+    Raises:
+        ValueError: If it has no state dict.
+    """
+    with anomalib_safe_globals():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        msg = "it has no state_dict"
+        raise ValueError(msg)
+    if not isinstance(content.setdefault("hyper_parameters", {}), dict):
+        msg = "its hyper_parameters are no dictionary"
+        raise ValueError(msg)
+    return content
 
 
 def leave_out(checkpoint: dict[str, Any], teacher: Teacher) -> None:

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import torch
 
-from . import _core
+from .. import _core
 
 Result = TypeVar("Result")
 
 
-def can_run_side_by_side(device: torch.device) -> bool:
-    """Tell whether :func:`side_by_side` pays on a device.
+def can_run_concurrently(device: torch.device) -> bool:
+    """Tell whether :func:`run_concurrently` pays on a device.
 
     With more than two threads, each computation would need several, and torch's pool cannot be parted. Nobody has
     measured on processors other than x86-64.
@@ -29,7 +29,7 @@ def can_run_side_by_side(device: torch.device) -> bool:
     return device.type == "cpu" and platform.machine() == "x86_64" and torch.get_num_threads() == 2
 
 
-def side_by_side(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
+def run_concurrently(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
     """Run two computations of about equal length, without gradients, at the same time, each on one of torch's threads.
 
     Two threads that share a network wait for each other after every layer. With a network each, they wait once.

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Students of other programs, read and written; ``python -m anomalib_stfpm_ext.convert --help`` is the command.
+
+No file is unpickled with code in it. What is read is a :class:`StfpmExt`; :func:`save_checkpoint` makes of it what
+``StfpmExt.load_from_checkpoint`` and ``--ckpt_path`` of anomalib's command line take.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning
+import torch
+import torchvision
+from timm.models import load_state_dict
+from torch import nn
+
+from .checkpoints import CHECKPOINT_KEY as TEACHER_KEY
+from .checkpoints import load_content
+from .errors import fail
+from .lightning_model import StfpmExt
+from .weights import load_tensors, read_file
+
+_AUTHORS_BACKBONE = "resnet18.tv_in1k"
+_AUTHORS_LAYERS = ["layer1", "layer2", "layer3"]
+# The authors' network is a sequence of torchvision's children, so that numbers stand for their names.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) -> StfpmExt:
+    """Read a student that the authors' code saved (``snapshots/<category>/best.pth.tar``).
+
+    Its features are those of the authors' network, up to rounding, and its maps an eighth of theirs, who leave the 1/2
+    out of the distance at each of three levels. The file holds neither the teacher nor a threshold.
+
+    Args:
+        path (str | Path): The authors' file: a ``state_dict`` of ResNet18's children by number, after any one prefix.
+        teacher_weights (bool | Path): Local file with torchvision's weights of ResNet18, or ``True`` for those
+            from timm's cache or the internet. Defaults to ``True``.
+
+    Returns:
+        StfpmExt: ResNet18 with the layers that the authors compare, ``layer1`` to ``layer3``, and
+            ``combine_at="finest"``, as they have it.
+
+    Raises:
+        TypeError: If ``path`` is no path.
+        FileNotFoundError: If one of the files does not exist.
+        ValueError: If one cannot be read, or holds another network; if ``teacher_weights`` is ``False``.
+        RuntimeError: If timm's pretrained weights cannot be had.
+    """
+    if teacher_weights is False:
+        msg = "teacher_weights: the authors' file holds the student only; wanted True or a file of weights, got False"
+        raise ValueError(msg)
+    weights = read_file("path", path, "a file of the authors' code", partial(load_state_dict, weights_only=True))
+    student = {name: tensor for name, tensor in _timm_names(weights) if not name.startswith("layer4.")}  # never used
+    model = StfpmExt(_AUTHORS_BACKBONE, _AUTHORS_LAYERS, teacher_weights, combine_at="finest")
+    load_tensors(
+        model.model.student_model.feature_extractor,
+        student,
+        f"path: {str(path)!r} holds no student of the authors' code",
+    )
+    return model
+
+
+def read_anomalib_checkpoint(
+    path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None
+) -> StfpmExt:
+    """Read a checkpoint of anomalib's ``Stfpm``.
+
+    The maps are those of anomalib. The transform of the images, and thresholds and normalisation of the predictions
+    come along where the checkpoint holds them.
+
+    Args:
+        path (str | Path): The checkpoint.
+        backbone (str | None): The backbone, for a checkpoint that does not name it. Defaults to ``None``.
+        layers (Sequence[str] | None): The layers, likewise. Defaults to ``None``.
+
+    Returns:
+        StfpmExt: The model, teacher included.
+
+    Raises:
+        TypeError: If ``path`` is no path.
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If it cannot be read, holds another model, or contradicts ``backbone`` or ``layers``.
+    """
+    return _read_checkpoint("path", path, backbone, layers)
+
+
+def write_authors_student(model: StfpmExt | str | Path, path: str | Path, category: str = "") -> None:
+    """Write a student so that the authors' code reads it.
+
+    The file has a ``layer4`` because the authors' code insists on one; it computes and ignores it. Ours is freshly
+    initialised as torchvision does, the same every time. The authors compare the student with torchvision's pretrained
+    ResNet18, so one that learned from another teacher is of no use there.
+
+    Args:
+        model (StfpmExt | str | Path): The model, or a checkpoint of it or of anomalib's ``Stfpm``.
+        path (str | Path): The file to write. Its folder is made if need be.
+        category (str): The category that the file names. Defaults to ``""``.
+
+    Raises:
+        TypeError: If ``model`` is neither model nor path, ``path`` is no path, or ``category`` is no string.
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If it cannot be read, the student is no ResNet18 with ``layer1`` to ``layer3``, or ``path`` is a
+            folder.
+    """
+    if not isinstance(category, str):
+        msg = f"category: wanted a name, got {type(category).__qualname__}"
+        raise TypeError(msg)
+    if not isinstance(model, StfpmExt):
+        model = _read_checkpoint("model", model)
+    student = model.model.student_model
+    if student.backbone.partition(".")[0] != "resnet18" or sorted(student.layers) != _AUTHORS_LAYERS:
+        msg = (
+            f"model: the authors' code wants 'resnet18' with layers {_AUTHORS_LAYERS}, "
+            f"got {student.backbone!r} with {student.layers}"
+        )
+        raise ValueError(msg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torchvision.models.resnet18(weights=None)
+    network.load_state_dict(student.feature_extractor.state_dict(), strict=False)  # all but layer4 and classifier
+    weights = nn.Sequential(*list(network.children())[:-2]).state_dict(prefix="model.")
+    _save({"category": category, "state_dict": weights}, path)
+
+
+def save_checkpoint(model: StfpmExt, path: str | Path) -> None:
+    """Save a model as Lightning does, without having trained it.
+
+    There is no state of an optimiser in the checkpoint, so training cannot go on from it.
+
+    Args:
+        model (StfpmExt): The model.
+        path (str | Path): The checkpoint to write. Its folder is made if need be.
+
+    Raises:
+        TypeError: If ``path`` is no path.
+        ValueError: If it is a folder.
+    """
+    checkpoint = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": model.state_dict(),
+        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams),
+    }
+    model.on_save_checkpoint(checkpoint)
+    _save(checkpoint, path)
+
+
+def _save(content: dict[str, Any], path: str | Path) -> None:
+    if not isinstance(path, str | Path):
+        msg = f"path: wanted the path of a file to write, got {type(path).__qualname__}"
+        raise TypeError(msg)
+    if Path(path).is_dir():
+        msg = f"path: wanted a file to write, got the folder {str(path)!r}"
+        raise ValueError(msg)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+def _timm_names(weights: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name the authors' tensors as timm does; a name that is not the authors' stays."""
+    first = [match[1] for match in map(re.compile(r"(|.*\.)0\.weight").fullmatch, weights) if match]
+    prefix = min(first, key=len, default="")  # longer are the likes of model.5.0.downsample.
+    for name, tensor in weights.items():
+        child, _, rest = name.removeprefix(prefix).partition(".")
+        yield f"{_CHILDREN[child]}.{rest}" if child in _CHILDREN else name, tensor
+
+
+def _read_checkpoint(
+    argument: str, path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None
+) -> StfpmExt:
+    content = read_file(argument, path, "a checkpoint of anomalib's Stfpm", load_content)
+    if TEACHER_KEY in content:
+        wanted = "a checkpoint with a teacher, or else the model that StfpmExt.load_from_checkpoint makes of it"
+        fail(ValueError, argument, wanted, f"{str(path)!r}, saved with save_teacher=False")
+    settings = content["hyper_parameters"]
+    backbone = _agree("backbone", backbone, settings.get("backbone"), path)
+    layers = _agree("layers", layers, settings.get("layers"), path)
+    # anomalib feeds every backbone ImageNet's mean and standard deviation, whatever the teacher was trained with.
+    model = StfpmExt(
+        backbone,
+        layers,
+        teacher_weights=False,
+        combine_at=settings.get("combine_at", "image"),  # of StfpmExt's own
+        pre_processor=StfpmExt.configure_pre_processor(),
+    )
+    if model.model.teacher_model.channels_last_output:
+        msg = (
+            f"backbone: anomalib compares the (B, H, W, C) features of {backbone!r} as if they were (B, C, H, W); "
+            "StfpmExt does not repeat that, so wanted a backbone with (B, C, H, W) features"
+        )
+        raise ValueError(msg)
+    try:
+        model.on_load_checkpoint(content)
+    except Exception as error:
+        msg = f"{argument}: the transform or the post-processing in {str(path)!r} cannot be restored: {error}"
+        raise ValueError(msg) from error
+    unset = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("post_processor.")}
+    stages = len(getattr(model.model.teacher_model.feature_extractor, "blocks", ()))  # anomalib keeps those after, too
+    read = {name: tensor for name, tensor in content["state_dict"].items() if _stage(name) < stages}
+    load_tensors(
+        model,
+        {**unset, **read},
+        f"{argument}: {str(path)!r} does not fit {backbone!r} with layers {list(layers)}",
+    )
+    return model
+
+
+def _stage(name: str) -> int:
+    """Return the number of the stage among an EfficientNet's blocks that a tensor belongs to, -1 for others."""
+    match = re.search(r"\.feature_extractor\.blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _agree(argument: str, given: Any, stored: Any, path: str | Path) -> Any:
+    """Return what the checkpoint says about itself, or else what the caller says."""
+    given, stored = (list(value) if isinstance(value, tuple) else value for value in (given, stored))
+    if given is None and stored is None:
+        msg = f"{argument}: {str(path)!r} does not say, so wanted it as an argument, got None"
+        raise ValueError(msg)
+    if given is not None and stored is not None and given != stored:
+        msg = f"{argument}: {str(path)!r} says {stored!r}, got {given!r}"
+        raise ValueError(msg)
+    return given if stored is None else stored
+
+
+def _command_read_authors(student: Path, checkpoint: Path, teacher_weights: bool | Path = True) -> None:
+    """Turn a student of the authors' code into a checkpoint of StfpmExt.
+
+    Args:
+        student: The file that the authors' code saved, best.pth.tar.
+        checkpoint: The checkpoint to write.
+        teacher_weights: File with torchvision's weights of ResNet18, or true for those from cache or internet.
+    """
+    _report(read_authors_student(student, teacher_weights), checkpoint)
+
+
+def _command_read_anomalib(
+    source: Path, checkpoint: Path, backbone: str | None = None, layers: list[str] | None = None
+) -> None:
+    """Turn a checkpoint of anomalib's Stfpm into one of StfpmExt.
+
+    Args:
+        source: The checkpoint of Stfpm.
+        checkpoint: The checkpoint to write.
+        backbone: The backbone, for a checkpoint that does not name it.
+        layers: The layers, likewise.
+    """
+    _report(read_anomalib_checkpoint(source, backbone, layers), checkpoint)
+
+
+def _command_write_authors(source: Path, student: Path, category: str = "") -> None:
+    """Write the student of a checkpoint of StfpmExt, or of anomalib's Stfpm, for the authors' code.
+
+    Args:
+        source: The checkpoint.
+        student: The file to write, snapshots/CATEGORY/best.pth.tar for them.
+        category: The category that the file names.
+    """
+    write_authors_student(source, student, category)
+    print(f"wrote {student}")
+
+
+def _report(model: StfpmExt, checkpoint: Path) -> None:
+    save_checkpoint(model, checkpoint)
+    backbone, layers = model.model.teacher_model.backbone, ",".join(model.model.teacher_model.layers)
+    print(
+        f'wrote {checkpoint}; give anomalib: --model StfpmExt --model.backbone {backbone} --model.layers "[{layers}]" '
+        f"--model.combine_at {model.model.combine_at} --model.teacher_weights false "
+        f"--ckpt_path {shlex.quote(str(checkpoint))}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
+    """
+    commands: dict[str, Any] = {
+        "read-authors": _command_read_authors,
+        "read-anomalib": _command_read_anomalib,
+        "write-authors": _command_write_authors,
+    }
+    try:
+        jsonargparse.CLI(  # type: ignore[no-untyped-call]  # auto_cli, its newer name, is not in all that anomalib takes
+            commands, arguments, prog="python -m anomalib_stfpm_ext.convert"
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

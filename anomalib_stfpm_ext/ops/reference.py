@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The formulas of ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .arguments import OUTPUT_DTYPES, Options, dtype_name
+
+Tensors = Sequence[torch.Tensor]
+
+
+def formula(
+    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options
+) -> tuple[torch.Tensor, ...]:
+    """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
+    level_maps, weighted = [], []
+    for t, s, weight in zip(teacher, student, options.weights, strict=True):
+        distance = 0.5 * squared_distance(t, s)
+        level_map = F.interpolate(distance, options.combine_size or image_size, mode="bilinear", align_corners=False)
+        level_maps.append(level_map)
+        if weight != 1:
+            level_map = level_map**weight if options.combine == "product" else level_map * weight
+        weighted.append(level_map)
+    combine: Any = {"product": torch.mul, "sum": torch.add, "maximum": torch.maximum}[options.combine]
+    amap: torch.Tensor = functools.reduce(combine, weighted)
+    if options.combine_size is not None:
+        amap = F.interpolate(amap, image_size, mode="bilinear", align_corners=False)
+    result = (amap, amap.amax(dim=(1, 2, 3)))
+    return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
+
+
+def squared_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of normalised features ``(B, C, H, W)`` at each position: ``(B, 1, H, W)``."""
+    dtype = output_dtype([teacher])
+    return (F.normalize(teacher.to(dtype)) - F.normalize(student.to(dtype))).square().sum(dim=1, keepdim=True)
+
+
+def output_dtype(features: Tensors) -> torch.dtype:
+    """Return the dtype of the map and the scores."""
+    dtype: torch.dtype = getattr(torch, OUTPUT_DTYPES[dtype_name(features[0].dtype)])
+    return dtype
