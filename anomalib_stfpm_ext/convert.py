@@ -232,7 +232,7 @@ def _agree(argument: str, given: Any, stored: Any, path: str | Path) -> Any:
     return given if stored is None else stored
 
 
-def _command_read_authors(student: Path, checkpoint: Path, teacher_weights: bool | Path = True) -> None:
+def convert_from_authors(student: Path, checkpoint: Path, teacher_weights: bool | Path = True) -> None:
     """Turn a student of the authors' code into a checkpoint of StfpmExt.
 
     Args:
@@ -243,7 +243,7 @@ def _command_read_authors(student: Path, checkpoint: Path, teacher_weights: bool
     _report(read_authors_student(student, teacher_weights), checkpoint)
 
 
-def _command_read_anomalib(
+def convert_from_anomalib(
     source: Path, checkpoint: Path, backbone: str | None = None, layers: list[str] | None = None
 ) -> None:
     """Turn a checkpoint of anomalib's Stfpm into one of StfpmExt.
@@ -257,7 +257,7 @@ def _command_read_anomalib(
     _report(read_anomalib_checkpoint(source, backbone, layers), checkpoint)
 
 
-def _command_write_authors(source: Path, student: Path, category: str = "") -> None:
+def convert_to_authors(source: Path, student: Path, category: str = "") -> None:
     """Write the student of a checkpoint of StfpmExt, or of anomalib's Stfpm, for the authors' code.
 
     Args:
@@ -286,9 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
     """
     commands: dict[str, Any] = {
-        "read-authors": _command_read_authors,
-        "read-anomalib": _command_read_anomalib,
-        "write-authors": _command_write_authors,
+        "read-authors": convert_from_authors,
+        "read-anomalib": convert_from_anomalib,
+        "write-authors": convert_to_authors,
     }
     try:
         jsonargparse.CLI(  # type: ignore[no-untyped-call]  # auto_cli, its newer name, is not in all that anomalib takes

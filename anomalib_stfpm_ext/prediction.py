@@ -64,7 +64,7 @@ class Predictor:
     ) -> None:
         self._network: Callable[[torch.Tensor], InferenceBatch]
         if path.suffix == ".ckpt":
-            model = load_model(path, "model", teacher_weights)
+            model = load_model(path, "checkpoint", teacher_weights)
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self._device = torch.device(device)
@@ -75,12 +75,12 @@ class Predictor:
             post_processor = model.post_processor
         elif path.suffix in {".pt", ".pth"}:
             inferencer: TorchInferencer = read_file(
-                "model", path, "an export of anomalib", lambda name: TorchInferencer(name, device)
+                "checkpoint", path, "an export of anomalib", lambda name: TorchInferencer(name, device)
             )
             self._network, self._device = inferencer.model, inferencer.device
             post_processor = inferencer.model.post_processor
         else:
-            fail(ValueError, "model", "a checkpoint (.ckpt) or an export for torch (.pt)", path)
+            fail(ValueError, "checkpoint", "a checkpoint (.ckpt) or an export for torch (.pt)", path)
         self.threshold = _threshold(post_processor)
 
     @torch.inference_mode()
@@ -98,7 +98,7 @@ class Predictor:
         """
         prediction = self._network(image[None].to(self._device))
         if not prediction.pred_score.isfinite().all():
-            fail(FloatingPointError, "model", "one that gives finite scores", prediction.pred_score.item())
+            fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
         return ImageBatch(image=image[None], **prediction._asdict())
 
 

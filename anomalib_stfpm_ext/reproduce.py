@@ -8,6 +8,7 @@ that was interrupted goes on from its last epoch, and the tables are written ane
 
 import ctypes
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -665,24 +666,42 @@ def reproduce(
     print(f"Tables, checkpoints and contact sheets are in {output}")
 
 
+def make_parser() -> jsonargparse.ArgumentParser:
+    """Make the parser of this command.
+
+    Returns:
+        jsonargparse.ArgumentParser: The parser, whose options are those of :func:`reproduce` and of ``StfpmExt``.
+    """
+    parser = jsonargparse.ArgumentParser(prog="python -m anomalib_stfpm_ext.reproduce")
+    parser.add_function_arguments(reproduce, as_positional=False, skip={"model"})
+    of_runs: set[str | int] = {"seed", "pre_processor", "post_processor", "evaluator", "visualizer"}
+    parser.add_class_arguments(StfpmExt, as_positional=False, skip=of_runs)
+    return parser
+
+
+def run(given: dict[str, Any]) -> None:
+    """Reproduce, and end as a command does.
+
+    Args:
+        given (dict[str, Any]): The arguments of :func:`reproduce` and of ``StfpmExt``.
+    """
+    own = set(inspect.signature(reproduce).parameters)
+    model = {name: value for name, value in given.items() if name not in own}
+    try:
+        reproduce(**{name: value for name, value in given.items() if name in own}, model=model)
+    except SIGTERMException:  # of Lightning, and with an exit status of 0
+        sys.exit(128 + signal.SIGTERM)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     Args:
         arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
     """
-    parser = jsonargparse.ArgumentParser(prog="python -m anomalib_stfpm_ext.reproduce")
-    parser.add_function_arguments(reproduce, as_positional=False, skip={"model"})
-    of_runs: set[str | int] = {"seed", "pre_processor", "post_processor", "evaluator", "visualizer"}
-    of_model = parser.add_class_arguments(StfpmExt, as_positional=False, skip=of_runs)
-    given = parser.parse_args(arguments).as_dict()
-    model = {name: given.pop(name) for name in of_model}
-    try:
-        reproduce(**given, model=model)
-    except SIGTERMException:  # of Lightning, and with an exit status of 0
-        sys.exit(128 + signal.SIGTERM)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run(make_parser().parse_args(arguments).as_dict())
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def draw_sheet(file: Path, rows: list[tuple[str, list[np.ndarray], list[str]]], 
     plt.close(figure)
 
 
-def _command_levels(
+def command_levels(
     checkpoint: Path, images: Path, output: Path, masks: Path | None = None, teacher_weights: Path | None = None
 ) -> None:
     """Draw the maps of the single levels beside their product, a picture for each image.
@@ -267,7 +267,7 @@ def _command_levels(
     print(f"Pictures of {len(paths)} images are in {output}")
 
 
-def _command_histogram(
+def command_histogram(
     checkpoint: Path, good: Path, defective: Path, file: Path, teacher_weights: Path | None = None
 ) -> None:
     """Draw a histogram of the raw scores of good and defective images, with the threshold.
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
     """
-    commands: dict[str, Any] = {"levels": _command_levels, "histogram": _command_histogram}
+    commands: dict[str, Any] = {"levels": command_levels, "histogram": command_histogram}
     try:
         jsonargparse.CLI(  # type: ignore[no-untyped-call]  # auto_cli, its newer name, is not in all that anomalib takes
             commands, arguments, prog="python -m anomalib_stfpm_ext.visualization"

@@ -18,7 +18,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jsonargparse
 import torch
@@ -202,7 +202,7 @@ def _tell(message: str) -> None:
 
 
 def watch(
-    model: Path,
+    checkpoint: Path,
     folder: Path,
     csv: Path = Path("scores.csv"),
     overlays: Path | None = None,
@@ -215,7 +215,7 @@ def watch(
     """Score images as they arrive in a folder, until Ctrl-C or SIGTERM.
 
     Args:
-        model: The trained model: a checkpoint (.ckpt) or an export for torch (.pt).
+        checkpoint: The trained model: a checkpoint (.ckpt) or an export for torch (.pt).
         folder: The folder, with its subfolders. Images that are already there are scored, too.
         csv: Where a row is appended for each image, or version of an image. What is in there is not scored again.
         overlays: Folder for overlays as anomalib makes them, called as the images are.
@@ -238,7 +238,7 @@ def watch(
         fail(ValueError, "interval", "more than 0 seconds", interval)
     if not 0 <= patience < math.inf:
         fail(ValueError, "patience", "at least 0 seconds", patience)
-    predictor = Predictor(model, device, teacher_weights)
+    predictor = Predictor(checkpoint, device, teacher_weights)
     visualizer, arrivals = ImageVisualizer(), Arrivals(folder, overlays)
     failures: dict[tuple[Path, Version], float] = {}  # when each was found unreadable first
     lost = False
@@ -336,16 +336,27 @@ def _save(picture: Image.Image, file: Path) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line.
+def make_parser(positional: bool) -> jsonargparse.ArgumentParser:
+    """Make the parser of this command.
 
     Args:
-        arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
+        positional (bool): Whether checkpoint and folder are told by their places, not by options.
+
+    Returns:
+        jsonargparse.ArgumentParser: The parser.
     """
     parser = jsonargparse.ArgumentParser(prog="python -m anomalib_stfpm_ext.watch")
-    parser.add_function_arguments(watch, as_positional=True, skip={"once"})
+    parser.add_function_arguments(watch, as_positional=positional, skip={"once"})
     parser.add_argument("--once", action="store_true", help="End when all that is in the folder is scored.")
-    given = parser.parse_args(arguments).as_dict()
+    return parser
+
+
+def run(given: dict[str, Any]) -> None:
+    """Watch, and end as a command does.
+
+    Args:
+        given (dict[str, Any]): The arguments of :func:`watch`.
+    """
     try:
         watch(**given)
     except KeyboardInterrupt:  # how it is meant to end; whatever was not finished is done again after a restart
@@ -354,6 +365,15 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(128 + signal.SIGINT)
     except (OSError, RuntimeError, TypeError, ValueError, FloatingPointError) as error:
         sys.exit(_printable(f"{type(error).__name__}: {error}"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
+    """
+    run(make_parser(positional=True).parse_args(arguments).as_dict())
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_scores_and_overlays_are_those_of_anomalib_predict(checkpoint, folder, t
 
 def test_export_scores_as_anomalibs_inferencer_does(checkpoint, folder, tmp_path, monkeypatch):
     export = StfpmExt.load_from_checkpoint(checkpoint).to_torch(tmp_path)
-    with pytest.raises(SystemExit, match=r"ValueError: model: .*TRUST_REMOTE_CODE"):
+    with pytest.raises(SystemExit, match=r"ValueError: checkpoint: .*TRUST_REMOTE_CODE"):
         watch(export, folder, "--once")
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     watch(export, folder, "--once", "--device", "cpu")
@@ -228,7 +228,7 @@ def test_model_that_gives_nan_is_an_error(checkpoint, folder, tmp_path, capsys):
     with torch.no_grad():
         next(model.model.student_model.parameters()).fill_(float("nan"))
     save_checkpoint(model, tmp_path / "nan.ckpt")
-    with pytest.raises(SystemExit, match="FloatingPointError: model: wanted one that gives finite scores, got nan"):
+    with pytest.raises(SystemExit, match=r"FloatingPointError: checkpoint: wanted one .* finite scores, got nan"):
         watch(tmp_path / "nan.ckpt", folder, "--once")
     assert "cannot be scored" in capsys.readouterr().err
     assert rows(folder) == {}
@@ -239,9 +239,9 @@ def test_bad_arguments(checkpoint, folder, tmp_path):
     (tmp_path / "model.ckpt").write_text("no checkpoint")
     for wrong, message in (
         ([checkpoint, tmp_path / "nowhere"], "FileNotFoundError: folder: wanted a folder of images"),
-        ([tmp_path / "nothing.ckpt", folder], "FileNotFoundError: model: wanted a checkpoint"),
-        ([tmp_path / "model.ckpt", folder], "ValueError: model: .* cannot be read as a checkpoint"),
-        ([tmp_path / "diary.csv", folder], "ValueError: model: wanted a checkpoint"),
+        ([tmp_path / "nothing.ckpt", folder], "FileNotFoundError: checkpoint: wanted a checkpoint"),
+        ([tmp_path / "model.ckpt", folder], "ValueError: checkpoint: .* cannot be read as a checkpoint"),
+        ([tmp_path / "diary.csv", folder], "ValueError: checkpoint: wanted a checkpoint"),
         ([checkpoint, folder, "--csv", tmp_path / "diary.csv"], "ValueError: csv: wanted a new file"),
         ([checkpoint, folder, "--overlays", folder], "ValueError: overlays: wanted a folder that does not hold"),
         ([checkpoint, folder, "--overlays", folder.parent], "ValueError: overlays: wanted a folder that does not hold"),
