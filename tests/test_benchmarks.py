@@ -30,9 +30,7 @@ def test_starts(name, monkeypatch, capsys):
 def test_gpu_session_tests_what_it_has_built(tmp_path):
     """Its pytest finds the tests, the build outside of site-packages, and no other package of ours."""
     package = tmp_path / "anomalib_stfpm_ext"
-    package.mkdir()
-    for file in (BENCHMARKS.parent / "anomalib_stfpm_ext").glob("*.py"):
-        shutil.copy(file, package)
+    shutil.copytree(BENCHMARKS.parent / "anomalib_stfpm_ext", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(_core.__file__, package)
     shutil.copy(_anomalib_stfpm_ext_autoload.__file__, tmp_path)
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
