@@ -25,6 +25,7 @@ def diagnose() -> bool:
     checks = {
         "compiled scorer": _scorer,
         "CUDA": _cuda,
+        "packed convolutions": _packed,
         "scores correctly": _scores,
         "anomalib knows it": _registered,
     }
@@ -44,20 +45,27 @@ def _attempt(question: Callable[[], str]) -> tuple[bool, str]:
 
 
 def _scorer() -> str:
-    from . import _core
+    from .ops import native
 
-    built, picked = ", ".join(_core.built_isas), _core.selected_isa()
-    return f"version {_core.__version__}, built by {_core.compiler}; holds {built}; this machine picks {picked}"
+    built, picked = ", ".join(native.built_isas), native.selected_isa()
+    return f"version {native.__version__}, built by {native.compiler}; holds {built}; this machine picks {picked}"
 
 
 def _cuda() -> str:
     import torch
 
-    from . import _core
+    from .ops import native
 
-    architectures = _core.cuda_architectures or "none, features on a GPU are scored by torch operations"
+    architectures = native.cuda_architectures or "none, features on a GPU are scored by torch operations"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     return f"scorer holds {architectures}; torch was built for CUDA {torch.version.cuda}, sees {device}"
+
+
+def _packed() -> str:
+    from .acceleration.folding import why_not_packed
+
+    reason = why_not_packed()
+    return f"no, inference on the CPU is slower: {reason}" if reason else "yes, the fast way on the CPU"
 
 
 def _scores() -> str:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from timm.models import load_state_dict
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import Self
 
+from ._compat import has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, version
 from .acceleration.folding import fold
 from .backbones import create_extractor, find_tensor, layer_indices
-from .ops.anomaly_map import is_transformed
 from .weights import load_tensors, read_file
 
 # Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
@@ -83,12 +82,7 @@ class FeaturePyramid(nn.Module):
         """Run the network; for inference a copy of it whose batch norms are folded into the convolutions."""
         features: list[torch.Tensor]
         modules = list(self.feature_extractor.modules())
-        tensors = [
-            tensor
-            for module in modules
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
+        tensors = [tensor for module in modules for tensor in own_tensors(module)]
         if self._folded and not is_traced(images) and self._wants_gradients(images):
             self._folded, self._folded_state = (), None  # a step may follow, and torch does not count all of them
         if (
@@ -102,7 +96,7 @@ class FeaturePyramid(nn.Module):
         if images.device.type == "cpu":
             count = max(1, CPU_PIXELS // (images.shape[-2] * images.shape[-1]))
             parts = list(torch.split(images, count))
-        state = [*map(id, modules), *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
+        state = [*map(id, modules), *((tensor.data_ptr(), version(tensor)) for tensor in tensors)]
         if state != self._folded_state:
             # With modules and tensors, so that no others get their place in memory.
             self._folded = (fold(self.feature_extractor, parts[0]), modules, [tensor.detach() for tensor in tensors])
@@ -125,10 +119,7 @@ class FeaturePyramid(nn.Module):
             or is_transformed()
             or self._wants_gradients(images)
             or torch.is_autocast_enabled(images.device.type)
-            or any(
-                module.training or module._forward_hooks or module._forward_pre_hooks
-                for module in self.feature_extractor.modules()
-            )
+            or any(module.training or has_hooks(module) for module in self.feature_extractor.modules())
         )
 
     def _wants_gradients(self, images: torch.Tensor) -> bool:
@@ -242,9 +233,4 @@ def is_traced(images: torch.Tensor) -> bool:
     Returns:
         bool: Whether one does, or nothing is computed at all.
     """
-    return (
-        torch.compiler.is_compiling()
-        or images.is_meta
-        or torch._C._get_tracing_state() is not None
-        or is_in_torch_dispatch_mode()
-    )
+    return torch.compiler.is_compiling() or images.is_meta or is_tracing() or is_dispatched()

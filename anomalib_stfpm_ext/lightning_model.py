@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from ._compat import replace_layer_sync
 from .callbacks.allocator import AllocatorTuning, HeldForFit
 from .callbacks.distributed import StudentSync, share_images
 from .callbacks.hold_out import check_share
@@ -318,12 +319,10 @@ class StfpmExt(AnomalibModule):
         Args:
             stage (str): What the trainer is about to do.
         """
-        strategy: Any = self.trainer.strategy
         if stage == TrainerFn.FITTING:
             self.choice = self._resumed_choice = None
             self._losses.clear()
-            if isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):
-                strategy._layer_sync = StudentSync()
+            replace_layer_sync(self.trainer, TorchSyncBatchNorm, StudentSync())
         elif stage in (TrainerFn.VALIDATING, TrainerFn.TESTING) and self.trainer.world_size > 1:
             share_images(self.trainer)
 
@@ -449,7 +448,7 @@ class StfpmExt(AnomalibModule):
         saved = checkpoint.get(NETWORK_KEY) or checkpoint.get("hyper_parameters", {})
         self._check_network(saved)
         bring_back(checkpoint, self.model.teacher_model)
-        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+        if not self._is_fitting:
             self.choice = None  # that of a fit before; the student is now another
             return
         combine_at = saved.get("combine_at", self.model.combine_at)
@@ -464,6 +463,13 @@ class StfpmExt(AnomalibModule):
                 "held_out_share: the checkpoint comes from a training that held no images out. The choice starts now, "
                 "on images that the student may have been trained on."
             )
+
+    @property
+    def _is_fitting(self) -> bool:
+        try:
+            return self.trainer.state.fn == TrainerFn.FITTING
+        except RuntimeError:  # Lightning's, of a model without a trainer
+            return False
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: the student in training and images have no place in it.

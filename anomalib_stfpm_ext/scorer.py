@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from . import _core
+from .ops import native
 from .ops.arguments import (
     OUTPUT_DTYPES,
     Combination,
@@ -25,7 +25,6 @@ from .ops.arguments import (
     output_shapes,
     pair_levels,
 )
-from .ops.native import core_call
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +144,8 @@ def anomaly_map(
     else:
         check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
     num_threads = torch.get_num_threads() if torch is not None else _cpu_count()
-    _core.anomaly_map(core_call(teacher_levels, student_levels, out, options, _address, _strides), num_threads)
+    call = native.scorer_call(teacher_levels, student_levels, out, options, _ARRAYS)
+    native.anomaly_map(call, num_threads)
     return tuple(out)
 
 
@@ -171,6 +171,9 @@ def _address(array: "NumpyArray") -> int:
 
 def _strides(array: "NumpyArray") -> tuple[int, ...]:
     return tuple(stride // array.itemsize for stride in array.strides)
+
+
+_ARRAYS = native.Access(_address, _strides)
 
 
 def _cpu_count() -> int:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
-from torch.utils import _pytree
 
+from ._compat import register_namedtuple
 from .acceleration.concurrent import can_run_concurrently, run_concurrently
 from .errors import fail
 from .feature_pyramid import FeaturePyramid, Student, Teacher, is_traced
@@ -24,8 +24,7 @@ from .scorer import anomaly_map
 if TYPE_CHECKING:
     from anomalib.data.utils.tiler import Tiler
 
-if InferenceBatch not in _pytree.SUPPORTED_SERIALIZED_TYPES:  # for torch.export.save
-    _pytree._register_namedtuple(InferenceBatch, serialized_type_name="anomalib.data.InferenceBatch")
+register_namedtuple(InferenceBatch, "anomalib.data.InferenceBatch")
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 

@@ -19,7 +19,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports each
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from anomalib_stfpm_ext import _core
+from anomalib_stfpm_ext.ops import native
 
 RESNET18 = ((64, 4), (128, 8), (256, 16))  # channels and stride of each level
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -40,8 +40,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
-        "isa": _core.selected_isa(),
-        "compiler": _core.compiler,
+        "isa": native.selected_isa(),
+        "compiler": native.compiler,
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages if package in installed},
         **(_describe_gpu(device) if torch.device(device).type == "cuda" else {}),
@@ -55,7 +55,7 @@ def _describe_gpu(device: torch.device | str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device),
         "driver": driver.partition("\n")[0] or "unknown",
         "cuda": torch.version.cuda,
-        "scorer_holds": _core.cuda_architectures,
+        "scorer_holds": native.cuda_architectures,
     }
 
 

@@ -31,9 +31,10 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import anomaly_map
+from anomalib_stfpm_ext.ops import native
+from anomalib_stfpm_ext.ops.anomaly_map import TENSORS
 from anomalib_stfpm_ext.ops.arguments import check_options
-from anomalib_stfpm_ext.ops.native import core_call
 
 
 def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: dict[str, float]) -> dict[str, Any]:
@@ -49,14 +50,14 @@ def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: d
     }
     out = [torch.zeros(batch, 1, size, size), torch.zeros(batch)]
     options = check_options(None, "product", None, False, RESNET18)
-    call = core_call(teacher, student, out, options, torch.Tensor.data_ptr, torch.Tensor.stride)
+    call = native.scorer_call(teacher, student, out, options, TENSORS)
     candidates = {
         "sum": lambda: [level.sum() for side in (teacher, student) for level in side],
         "eager": lambda: generator(**arguments).amax(dim=(1, 2, 3)),
         "compiled": lambda: compiled(**arguments).amax(dim=(1, 2, 3)),
         "ours": lambda: anomaly_map(teacher, student, (size, size)),
         "ours, out=": lambda: anomaly_map(teacher, student, (size, size), out=out),
-        "core": lambda: _core.anomaly_map(call, torch.get_num_threads()),
+        "core": lambda: native.anomaly_map(call, torch.get_num_threads()),
     }
     scores = anomaly_map(teacher, student, (size, size))[1]
     candidates["core"]()

@@ -35,7 +35,8 @@ from common import (
 )
 from torch.nn import functional as F
 
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import anomaly_map
+from anomalib_stfpm_ext.ops import native
 
 Scorer = Callable[[Pyramid, Pyramid], tuple[torch.Tensor, ...]]  # map and score
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="where to write the table")
     arguments = parser.parse_args()
     start, device = time.monotonic(), arguments.device
-    if device.type == "cuda" and not (torch.cuda.is_available() and _core.cuda_architectures):
+    if device.type == "cuda" and not (torch.cuda.is_available() and native.cuda_architectures):
         parser.error("a CUDA device and a build with CUDA are needed")
 
     machine = describe_machine(device) | {"bandwidth": measure_bandwidth(device)}

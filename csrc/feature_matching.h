@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "anomaly_map.h"
+#include "features.h"
 
 namespace stfpm_ext {
 
@@ -15,7 +15,7 @@ struct FeatureMatchingParams {
   Level levels[kMaxLevels];
   int64_t batch;  // at least 1
   /// What backward needs to know of forward: the factors of all positions, level by level [batch, height, width], and
-  /// then the projections (Matching in anomaly_map_math.h). float64 for float64 features, otherwise float32.
+  /// then the projections (Matching in distance_math.h). float64 for float64 features, otherwise float32.
   void* scalars;
 };
 

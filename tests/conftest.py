@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_stfpm_ext import _core
+from anomalib_stfpm_ext.ops import native
 
 # Channels and stride of each level, as the backbones' feature pyramids have them.
 PYRAMIDS = {
@@ -29,7 +29,7 @@ ROLES = {"train/good": 6, "test/good": 3, "test/broken": 2, "test/scratched": 2}
 
 def pytest_report_header() -> str:
     return (
-        f"scorer: {_core.selected_isa()} of {', '.join(_core.built_isas)}, built by {_core.compiler}; "
+        f"scorer: {native.selected_isa()} of {', '.join(native.built_isas)}, built by {native.compiler}; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import _anomalib_stfpm_ext_autoload
 import pytest
 
-from anomalib_stfpm_ext import _core
+from anomalib_stfpm_ext.ops import native
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,7 +31,7 @@ def test_gpu_session_tests_what_it_has_built(tmp_path):
     """Its pytest finds the tests, the build outside of site-packages, and no other package of ours."""
     package = tmp_path / "anomalib_stfpm_ext"
     shutil.copytree(BENCHMARKS.parent / "anomalib_stfpm_ext", package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(_core.__file__, package)
+    shutil.copy(native._core.__file__, package)
     shutil.copy(_anomalib_stfpm_ext_autoload.__file__, tmp_path)
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     (tmp_path / "python").chmod(0o755)

@@ -21,8 +21,9 @@ import reference
 import torch
 from conftest import PYRAMIDS, make_features
 
-from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
+from anomalib_stfpm_ext import StfpmExtLoss, anomaly_map
 from anomalib_stfpm_ext.loss import formula
+from anomalib_stfpm_ext.ops import native
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 
@@ -32,7 +33,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 def on_gpu(test):
     """Mark a test that needs a CUDA device and a build with CUDA."""
-    test = pytest.mark.skipif(not _core.cuda_architectures, reason="a build without CUDA")(test)
+    test = pytest.mark.skipif(not native.cuda_architectures, reason="a build without CUDA")(test)
     test = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
     return pytest.mark.gpu(test)
 

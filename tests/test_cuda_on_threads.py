@@ -19,8 +19,9 @@ import reference
 import torch
 from conftest import make_features
 
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import anomaly_map
 from anomalib_stfpm_ext.loss import formula
+from anomalib_stfpm_ext.ops import native
 
 FOLDER = Path(__file__).parent / "cuda_on_threads"
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -29,7 +30,7 @@ SCHEMES = {"clusters": {"processors": 1, "ptx_version": 90}, "grid": {"processor
 
 
 class Features(ctypes.Structure):
-    """The struct of csrc/anomaly_map.h; so are the next two."""
+    """The struct of csrc/features.h; so is the next one."""
 
     _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
 
@@ -46,7 +47,7 @@ class Level(ctypes.Structure):
 
 
 class Params(ctypes.Structure):
-    """AnomalyMapParams."""
+    """AnomalyMapParams of csrc/anomaly_map.h."""
 
     _fields_ = (
         ("dtype", ctypes.c_int),
@@ -158,7 +159,7 @@ def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, bl
     options = {"dtype": torch.float64 if dtype == "float64" else torch.float32}
     loss, upstream = torch.tensor(float("nan"), **options), torch.tensor(upstream, **options)
     scalars = torch.full((2 * batch * sum(level[0, 0].numel() for level in teacher),), float("nan"), **options)
-    partial_sums = torch.full((_core.most_partial_sums,), float("nan"), dtype=torch.float64)
+    partial_sums = torch.full((native.most_partial_sums,), float("nan"), dtype=torch.float64)
     gradients = [torch.full_like(level, float("nan")) for level in student]
     params = MatchingParams(DTYPES.index(dtype), len(teacher), batch=batch, scalars=scalars.data_ptr())
     fill_levels(params, teacher, student)

@@ -14,8 +14,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp
 from torch.profiler import ProfilerActivity, profile
 
-from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
+from anomalib_stfpm_ext import StfpmExtLoss, anomaly_map
 from anomalib_stfpm_ext.loss import formula
+from anomalib_stfpm_ext.ops import native
 
 OPERATOR = torch.ops.anomalib_stfpm_ext.feature_matching_loss.default
 BACKWARD = torch.ops.anomalib_stfpm_ext.feature_matching_loss_backward.default
@@ -218,7 +219,8 @@ def test_same_bits_for_any_number_of_threads(memory_format):
 
 ISA_SCRIPT = """
 import torch
-from anomalib_stfpm_ext import StfpmExtLoss, _core, anomaly_map
+from anomalib_stfpm_ext import StfpmExtLoss, anomaly_map
+from anomalib_stfpm_ext.ops import native
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -227,12 +229,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         )
         loss = StfpmExtLoss()(teacher, [student[0].requires_grad_()])
         loss.backward()
-        print(_core.selected_isa(), loss.item().hex(), student[0].grad.double().numpy().tobytes().hex())
+        print(native.selected_isa(), loss.item().hex(), student[0].grad.double().numpy().tobytes().hex())
 """
 
 
 def test_instruction_sets_agree_to_the_bit(python):
-    outputs = {isa: python(ISA_SCRIPT, STFPM_EXT_ISA=isa).stdout for isa in _core.available_isas}
+    outputs = {isa: python(ISA_SCRIPT, STFPM_EXT_ISA=isa).stdout for isa in native.available_isas}
     assert all(isa in output for isa, output in outputs.items())
     assert len({output.replace(isa, "") for isa, output in outputs.items()}) == 1
 

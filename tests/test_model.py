@@ -17,7 +17,7 @@ from timm.models import FeatureListNet
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel, anomaly_map, feature_pyramid
-from anomalib_stfpm_ext.acceleration.folding import PACKS_WEIGHTS, PackedConv2d, fold
+from anomalib_stfpm_ext.acceleration.folding import PackedConv2d, fold, why_not_packed
 from anomalib_stfpm_ext.feature_pyramid import FeaturePyramid, Student, Teacher
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -139,7 +139,7 @@ def test_many_images_go_through_in_parts(monkeypatch):
     assert sizes == [2, 2, 1, 1, 1, 1]
 
 
-@pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 keeps weights in oneDNN's layout")
+@pytest.mark.skipif(why_not_packed(), reason="only x86-64 keeps weights in oneDNN's layout")
 @pytest.mark.parametrize("backbone", ["resnet18", "test_efficientnet"])
 def test_weights_in_onednns_layout_serve_images_of_any_shape(backbone):
     layers = BACKBONES.get(backbone, ["layer1", "layer3"])
@@ -216,7 +216,7 @@ class Tricky(torch.nn.Module):
         raise AssertionError(self.case)
 
 
-@pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 leaves sums and activations to oneDNN")
+@pytest.mark.skipif(why_not_packed(), reason="only x86-64 leaves sums and activations to oneDNN")
 @pytest.mark.parametrize(
     ("case", "joined"),
     [
@@ -244,7 +244,7 @@ def test_sums_and_activations_in_onednn(case, joined):
         assert len(activations) == joined
 
 
-@pytest.mark.skipif(not PACKS_WEIGHTS, reason="only x86-64 leaves sums and activations to oneDNN")
+@pytest.mark.skipif(why_not_packed(), reason="only x86-64 leaves sums and activations to oneDNN")
 @pytest.mark.parametrize(
     ("backbone", "layers", "left"),
     [

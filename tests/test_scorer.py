@@ -10,9 +10,9 @@ from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
 from conftest import PYRAMIDS, make_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import anomaly_map
 from anomalib_stfpm_ext.ops import anomaly_map as map_operators
-from anomalib_stfpm_ext.ops import feature_matching
+from anomalib_stfpm_ext.ops import feature_matching, native
 
 
 def assert_close(result, expected, rtol, what="map"):
@@ -197,10 +197,11 @@ def test_same_bits_for_any_threads_and_batch():
 ISA_SCRIPT = """
 import sys
 import numpy as np
-from anomalib_stfpm_ext import _core, anomaly_map
+from anomalib_stfpm_ext import anomaly_map
+from anomalib_stfpm_ext.ops import native
 assert "torch" not in sys.modules
 rng = np.random.default_rng(0)
-outputs = [_core.selected_isa().encode()]
+outputs = [native.selected_isa().encode()]
 for dtype in ("float32", "float16"):
     t, s = (rng.standard_normal((2, 37, 19, 23)).astype(dtype) for _ in "ts")
     for layout in ((0, 1, 2, 3), (0, 2, 3, 1)):
@@ -214,7 +215,7 @@ print(b"".join(outputs).hex())
 
 def test_instruction_sets_agree_to_the_bit_and_numpy_needs_no_torch(python):
     outputs = {}
-    for isa in _core.available_isas:
+    for isa in native.available_isas:
         output = bytes.fromhex(python(ISA_SCRIPT, STFPM_EXT_ISA=isa).stdout)
         assert output.startswith(isa.encode())
         outputs[isa] = output.removeprefix(isa.encode())
@@ -335,7 +336,7 @@ def test_torch_operators_and_their_formula():
 
 def test_cuda_tensors_on_a_build_without_cuda(monkeypatch):
     """A fake tensor stands for the one on the GPU: the check must come before anything is read."""
-    monkeypatch.setattr(_core, "cuda_architectures", "")
+    monkeypatch.setattr(native, "cuda_architectures", "")
     with FakeTensorMode(allow_non_fake_inputs=True):
         features = [torch.empty(1, 2, 4, 4, device="cuda")]
         with pytest.raises(ValueError, match=r"teacher\[0\]: wanted features on the CPU, since this build has no CUDA"):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from .. import _core
+from ..ops import native
 
 Result = TypeVar("Result")
 
@@ -45,7 +45,7 @@ def run_concurrently(first: Callable[[], Result], second: Callable[[], Result]) 
         tuple[Result, Result]: What they return.
     """
     run = partial(_without_gradients, torch.is_inference_mode_enabled())
-    return _core.run_both(partial(run, first), partial(run, second))
+    return native.run_both(partial(run, first), partial(run, second))
 
 
 def _without_gradients(inference: bool, computation: Callable[[], Result]) -> Result:

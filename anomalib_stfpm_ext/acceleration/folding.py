@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A copy of a network for inference alone, of fewer steps: batch norms, sums and activations go into convolutions."""
+"""The inference copy of a network, of fewer steps: batch norms, sums and activations go into convolutions."""
 
 import copy
+import logging
 import operator
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .._compat import convolve_packed, lacks_packed_convolution, pack_convolution
 from ..errors import fail
 
-# Other processors have oneDNN too, but nobody has measured that it pays there.
-PACKS_WEIGHTS = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+logger = logging.getLogger(__name__)
+
 # Double precision takes long for large images.
 _PROBE_SIDE = 256
 # What oneDNN applies to the result of a convolution, by its name there and with its numbers.
@@ -30,23 +32,42 @@ _ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
 }
 
 
+@cache
+def why_not_packed() -> str | None:
+    """Say why convolutions on a CPU do not keep their weights in oneDNN's layout, the fastest way.
+
+    Returns:
+        str | None: The reason, or ``None`` if they do.
+    """
+    if platform.machine() != "x86_64":
+        return f"oneDNN has been measured on x86_64 only, not on {platform.machine()}"
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch was built without oneDNN"
+    missing = lacks_packed_convolution()
+    return missing and f"torch {torch.__version__} has no {missing}"
+
+
 def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Return a copy of a network whose batch norms are folded into the convolutions before them.
+    """Return the inference copy of a network, whose batch norms are folded into the convolutions before them.
 
     On a CPU, convolutions also add the shortcut and apply the activation that follow them, and their weights are in
-    oneDNN's layout already. What follows what is a guess, and so is a trace: a copy is taken where its features of an
-    image, in double precision, differ by roundings only.
+    oneDNN's layout already.
+
+    Which modules follow each other is taken from their order, or from a trace; both may be wrong. So the copy is used
+    only if its features of an image, in double precision, differ from the network's by roundings alone. Where a faster
+    copy cannot be made, the log says so once, and why.
 
     Args:
         network (nn.Module): The network, in evaluation mode, which returns a list of features.
         images (torch.Tensor): Images ``(B, C, H, W)``, on which the copy is tried.
 
     Returns:
-        nn.Module: The copy, or the network itself where none is right.
+        nn.Module: The copy, or the network itself where no copy is right.
     """
     try:
         exact = copy.deepcopy(network).cpu().double()
-    except RuntimeError:  # of networks that keep what they have computed with gradients
+    except RuntimeError as error:  # of networks that keep what they have computed with gradients
+        _tell("no inference copy is made, which is slower", error)
         return network
     channels, *size = images.shape[1:]
     try:
@@ -55,8 +76,10 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
     except Exception:  # of networks for images of one size
         probe = _make_probe(channels, *size)
         expected = exact(probe)
-    packs = images.device.type == "cpu" and PACKS_WEIGHTS
-    for simplify in (_join_activations, _pack) if packs else (_merge_norms,):
+    on_cpu = images.device.type == "cpu"
+    if on_cpu and (reason := why_not_packed()):
+        _tell("convolutions rearrange their weights at every call, which is slower", reason)
+    for simplify, without in _PACKED if on_cpu and not why_not_packed() else _MERGED:
         try:
             features = simplify(copy.deepcopy(exact)).forward(probe)
             if all(
@@ -66,9 +89,21 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
                 folded = simplify(copy.deepcopy(network))
                 folded.forward(images)
                 return folded
-        except Exception:  # of modules that cannot be traced, or want their convolutions' weights
-            continue
+            _tell(without, "the copy's features are not the network's")
+        except Exception as error:  # of modules that cannot be traced, or want their convolutions' weights
+            _tell(without, error)
     return network
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _tell(consequence: str, reason: object) -> None:
+    """Say once why inference takes a slower way; a new copy after each epoch fails for the same reason."""
+    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+    _warn_once(f"Inference: {consequence}. {kind}{reason}".partition("\n")[0])
 
 
 def _make_probe(*shape: int) -> torch.Tensor:
@@ -145,6 +180,14 @@ def _join_activations(network: nn.Module) -> nn.Module:
     return traced
 
 
+# The ways to make a copy, the fastest first, and what it means if one fails.
+_PACKED = (
+    (_join_activations, "sums and activations stay outside of the convolutions, which is slower"),
+    (_pack, "no inference copy is made, which is slower"),
+)
+_MERGED = ((_merge_norms, "no inference copy is made, which is slower"),)
+
+
 class _Tracer(fx.proxy.GraphAppendingTracer):
     """Tracer of a network whose tensors have names."""
 
@@ -195,17 +238,9 @@ class PackedConv2d(nn.Module):
         if self.weight.dtype != torch.float32:
             return self._forward_by_torch(features, other)
         if not self.weight.is_mkldnn:
-            pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self.weight = pack(self.weight.to_mkldnn(), *self.geometry, features.shape)
-        convolve = torch.ops.mkldnn._convolution_pointwise
+            self.weight = pack_convolution(self.weight, self.geometry, features.shape)
         activation, scalars = _ACTIVATIONS.get(type(self.activation), (None, []))
-        weights = (self.weight, self.bias, *self.geometry)
-        result: torch.Tensor
-        if other is None:
-            result = convolve(features, *weights, activation or "none", scalars, "")
-        else:
-            result = convolve.binary(features, other, *weights, "add", 1.0, activation, scalars, "")
-        return result
+        return convolve_packed(features, other, self.weight, self.bias, self.geometry, activation, scalars)
 
     def _forward_by_torch(self, features: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
         padding, stride, dilation, groups = self.geometry

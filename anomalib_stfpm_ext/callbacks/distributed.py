@@ -9,9 +9,9 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.plugins import LayerSync
 from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, SequentialSampler
 
+from .._compat import data_source, uses_distributed_sampler
 from .hold_out import same_loader
 
 
@@ -37,7 +37,7 @@ class StudentSync(LayerSync):
         student: Any = model.model.student_model  # type: ignore[union-attr]
         for parent in list(student.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, _BatchNorm):
+                if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                     self._replaced.append((parent, name, child))
                     setattr(parent, name, convert_sync_batchnorm(child))
         return model
@@ -71,14 +71,14 @@ def share_images(trainer: Trainer) -> None:
         trainer (Trainer): Trainer that is about to validate or test.
     """
     loop = trainer.test_loop if trainer.testing else trainer.validate_loop
-    source = loop._data_source  # Lightning has no public way to choose the sampler of a stage, nor to ask for the flag
+    source = data_source(loop)
     loader = source.dataloader()
     if (
         type(loader) is DataLoader
         and type(loader.sampler) is SequentialSampler
         and loader.batch_size is not None
         and len(loader.sampler) >= trainer.world_size
-        and trainer._accelerator_connector.use_distributed_sampler
+        and uses_distributed_sampler(trainer)
     ):
         ranks: dict[str, int] = trainer.distributed_sampler_kwargs  # type: ignore[assignment]
         sampler = UnrepeatedDistributedSampler(loader.dataset, shuffle=False, **ranks)

@@ -20,6 +20,7 @@ from torch.utils.data import (
     Subset,
 )
 
+from .._compat import data_source, forget_loader
 from ..errors import fail
 
 
@@ -39,7 +40,7 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
     Raises:
         ValueError: If images cannot be held out.
     """
-    source = trainer.fit_loop._data_source  # Lightning has no public way to a loader that was given to fit()
+    source = data_source(trainer.fit_loop)
     datamodule: Any = source.instance
     if getattr(datamodule, "val_split_mode", None) == ValSplitMode.FROM_TRAIN:
         loader = datamodule.val_dataloader()
@@ -69,7 +70,7 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
         if not len(source.instance):
             wanted = f"a share that leaves a batch of {loader.batch_size} images to train on"
             fail(ValueError, "held_out_share", wanted, f"{len(training)} images, and drop_last=True")
-        trainer.fit_loop._combined_loader = None  # of all images, which a learning rate finder may have left
+        forget_loader(trainer)
         if isinstance(datamodule, AnomalibDataModule):
             dataset = copy.copy(dataset)
             dataset.augmentations = datamodule.test_data.augmentations

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import _core
+from .._compat import current_stream, is_tracing, is_transformed
 from ..errors import fail
-from . import arguments
+from . import arguments, native
 from .arguments import Options
-from .native import core_call
 from .reference import formula, output_dtype
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
@@ -30,6 +29,7 @@ _LIBRARY.define(
 )
 
 Tensors = Sequence[torch.Tensor]
+TENSORS = native.Access(torch.Tensor.data_ptr, torch.Tensor.stride)
 
 
 def anomaly_map(
@@ -81,16 +81,9 @@ def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
     return any(level.requires_grad for level in (*teacher, *student))
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which must see torch's own operations."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def has_kernel(device: torch.device) -> bool:
     """Whether this build has kernels of its own for a device; ROCm, which torch calls cuda too, has none."""
-    return device.type == "cpu" or (device.type == "cuda" and bool(_core.cuda_architectures) and not torch.version.hip)
+    return device.type == "cpu" or (device.type == "cuda" and bool(native.cuda_architectures) and not torch.version.hip)
 
 
 def check_kernel(device: torch.device) -> None:
@@ -104,7 +97,7 @@ def _is_exported_without_operators() -> bool:
     """Whether TorchScript or ONNX, which know no operator of ours, is recording this call."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return torch._C._get_tracing_state() is not None
+    return is_tracing()
 
 
 def _allocate(teacher: Tensors, image_size: Sequence[int], options: Options) -> list[torch.Tensor]:
@@ -171,19 +164,18 @@ def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
 def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
     device = teacher[0].device
     check_kernel(device)
-    call = core_call(teacher, student, outputs, options, torch.Tensor.data_ptr, torch.Tensor.stride)
+    call = native.scorer_call(teacher, student, outputs, options, TENSORS)
     if device.type == "cpu":
-        _core.anomaly_map(call, torch.get_num_threads())
+        native.anomaly_map(call, torch.get_num_threads())
     else:
         positions = sum(level.shape[2] * level.shape[3] for level in teacher) + math.prod(options.combine_size or (0,))
         scratch = torch.empty(teacher[0].shape[0] * positions, dtype=outputs[0].dtype, device=device)
-        _core.anomaly_map_cuda(call, scratch.data_ptr(), device.index, current_stream(device))
+        native.anomaly_map_cuda(call, scratch.data_ptr(), cuda_queue(device))
 
 
-def current_stream(device: torch.device) -> int:
-    """Return torch's current stream on a CUDA device, as the kernels take it."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device.index)  # without the Stream object, which takes longer
-    return stream
+def cuda_queue(device: torch.device) -> native.CudaQueue:
+    """Return where torch enqueues kernels on a CUDA device now."""
+    return native.CudaQueue(device.index, current_stream(device))
 
 
 def _options(

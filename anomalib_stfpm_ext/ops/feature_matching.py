@@ -7,12 +7,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from .. import _core
 from ..errors import fail
-from . import arguments
-from .anomaly_map import check_kernel, current_stream
+from . import arguments, native
+from .anomaly_map import TENSORS, check_kernel, cuda_queue
 from .arguments import OUTPUT_DTYPES, dtype_name
-from .native import core_levels
 
 Tensors = Sequence[torch.Tensor]
 
@@ -41,16 +39,14 @@ def _scalars_shape(teacher: Tensors) -> tuple[int, int]:
 def _fused(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     loss, scalars = _allocate(teacher, student)
     check_kernel(loss.device)
-    call, device = _call(teacher, student, scalars), loss.device
+    call, device = native.loss_call(teacher, student, scalars, TENSORS), loss.device
     if len(teacher[0]) == 0:
         loss.fill_(torch.nan)  # the mean of nothing
     elif device.type == "cpu":
-        _core.feature_matching(call, loss.data_ptr(), torch.get_num_threads())
+        native.feature_matching(call, loss.data_ptr(), torch.get_num_threads())
     else:
-        partial_sums = torch.empty(_core.most_partial_sums, dtype=torch.float64, device=device)
-        _core.feature_matching_cuda(
-            call, loss.data_ptr(), partial_sums.data_ptr(), device.index, current_stream(device)
-        )
+        partial_sums = torch.empty(native.most_partial_sums, dtype=torch.float64, device=device)
+        native.feature_matching_cuda(call, loss.data_ptr(), partial_sums.data_ptr(), cuda_queue(device))
     return loss, scalars
 
 
@@ -73,20 +69,15 @@ def _fused_backward(
 ) -> list[torch.Tensor]:
     gradients = _allocate_gradients(upstream, teacher, student, scalars)
     check_kernel(upstream.device)
-    call, device = _call(teacher, student, scalars), upstream.device
-    targets = [(level.data_ptr(), *level.stride()) for level in gradients]
+    call, device = native.loss_call(teacher, student, scalars, TENSORS), upstream.device
+    targets = native.Gradients([level.data_ptr() for level in gradients], [level.stride() for level in gradients])
     if len(teacher[0]) == 0:
         pass
     elif device.type == "cpu":
-        _core.feature_matching_backward(call, upstream.data_ptr(), targets, torch.get_num_threads())
+        native.feature_matching_backward(call, upstream.data_ptr(), targets, torch.get_num_threads())
     else:
-        _core.feature_matching_backward_cuda(call, upstream.data_ptr(), targets, device.index, current_stream(device))
+        native.feature_matching_backward_cuda(call, upstream.data_ptr(), targets, cuda_queue(device))
     return gradients
-
-
-def _call(teacher: Tensors, student: Tensors, scalars: torch.Tensor) -> "_core.MatchingCall":
-    levels = core_levels(teacher, student, torch.Tensor.data_ptr, torch.Tensor.stride)
-    return dtype_name(teacher[0].dtype), levels, len(teacher[0]), scalars.data_ptr()
 
 
 def _keep(ctx: Any, inputs: tuple[Tensors, Tensors], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -1,38 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Calls to the compiled module ``_core``: features and results become addresses, shapes and strides."""
+"""The compiled module, of which this is the only caller: arrays become addresses, shapes and strides.
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+Neither NumPy nor torch is imported: their arrays differ in ``Access`` alone.
+"""
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from .. import _core
 from .arguments import Options, dtype_name
 
-if TYPE_CHECKING:
-    from .. import _core
+Result = TypeVar("Result")
+
+# What the build is, and what it picks on this machine.
+__version__, compiler = _core.__version__, _core.compiler
+built_isas, available_isas, selected_isa = _core.built_isas, _core.available_isas, _core.selected_isa
+cuda_architectures = _core.cuda_architectures  # such as "80, 90, 90 (PTX)"; empty where there is no CUDA scorer
+most_partial_sums = _core.most_partial_sums  # room for so many float64 is what the loss needs on CUDA
 
 
-def core_call(
-    teacher: Sequence[Any], student: Sequence[Any], outputs: Sequence[Any], options: Options, address: Any, strides: Any
-) -> "_core.Call":
-    """Describe a call to the compiled scorer, which raises a ValueError where outputs overlap with anything.
+class Access(NamedTuple):
+    """How to address arrays of one kind.
+
+    Args:
+        address (Callable): Gives the address of an array's first element.
+        strides (Callable): Gives an array's strides, in elements.
+    """
+
+    address: Callable[[Any], int]
+    strides: Callable[[Any], Sequence[int]]
+
+
+class CudaQueue(NamedTuple):
+    """Where CUDA kernels are enqueued.
+
+    Args:
+        device (int): Index of the device.
+        stream (int): Address of the stream.
+    """
+
+    device: int
+    stream: int
+
+
+class ScorerCall(NamedTuple):
+    """One call of the scorer; ``csrc/bindings/calls.cpp`` reads the fields in this order, here and below.
+
+    Args:
+        dtype (str): Of the features, by NumPy's name.
+        shapes (Sequence[Sequence[int]]): Shape ``(B, C, H, W)`` of each level, of which there are 1 to 8.
+        teacher (Sequence[int]): Address of the teacher's features, of each level.
+        teacher_strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
+        student (Sequence[int]): Address of the student's features, of each level.
+        student_strides (Sequence[Sequence[int]]): Their strides.
+        image_size (Sequence[int]): Height and width of the map.
+        combine_size (Sequence[int]): Height and width at which the levels are combined.
+        weights (Sequence[float]): Weight of each level.
+        combine (str): ``"product"``, ``"sum"`` or ``"maximum"``.
+        amap (int): Address of the map ``(B, 1, height, width)``.
+        score (int): Address of the scores ``(B,)``.
+        level_maps (int): Address of the level maps ``(B, levels, *combine_size)``, or 0.
+    """
+
+    dtype: str
+    shapes: Sequence[Sequence[int]]
+    teacher: Sequence[int]
+    teacher_strides: Sequence[Sequence[int]]
+    student: Sequence[int]
+    student_strides: Sequence[Sequence[int]]
+    image_size: Sequence[int]
+    combine_size: Sequence[int]
+    weights: Sequence[float]
+    combine: str
+    amap: int
+    score: int
+    level_maps: int
+
+
+class LossCall(NamedTuple):
+    """One call of the loss, forward or backward, on at least one image.
+
+    Args:
+        dtype (str): Of the features, by NumPy's name.
+        shapes (Sequence[Sequence[int]]): Shape ``(B, C, H, W)`` of each level, of which there are 1 to 8.
+        teacher (Sequence[int]): Address of the teacher's features, of each level.
+        teacher_strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
+        student (Sequence[int]): Address of the student's features, of each level.
+        student_strides (Sequence[Sequence[int]]): Their strides.
+        scalars (int): Address of what backward needs to know of forward, ``(2, positions of all levels)``.
+    """
+
+    dtype: str
+    shapes: Sequence[Sequence[int]]
+    teacher: Sequence[int]
+    teacher_strides: Sequence[Sequence[int]]
+    student: Sequence[int]
+    student_strides: Sequence[Sequence[int]]
+    scalars: int
+
+
+class Gradients(NamedTuple):
+    """Memory for the gradients of all levels.
+
+    Args:
+        addresses (Sequence[int]): Address of each level's.
+        strides (Sequence[Sequence[int]]): Strides ``(B, C, H, W)`` of each level's, in elements.
+    """
+
+    addresses: Sequence[int]
+    strides: Sequence[Sequence[int]]
+
+
+def scorer_call(
+    teacher: Sequence[Any], student: Sequence[Any], outputs: Sequence[Any], options: Options, access: Access
+) -> ScorerCall:
+    """Describe a call of the scorer.
 
     Args:
         teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
         student (Sequence): Likewise.
         outputs (Sequence): Receive map, scores and, if wanted, level maps, as ``output_shapes`` has them; contiguous.
         options (Options): As ``check_options`` returns them.
-        address (Callable): Gives the address of an array's first element.
-        strides (Callable): Gives an array's strides in elements.
+        access (Access): Addresses all of them.
 
     Returns:
-        tuple: The call, for the functions of ``_core``.
+        ScorerCall: The call.
     """
+    address, strides = access
     amap, score, *level_maps = outputs
-    batch, _, *image_size = amap.shape
-    return (
+    image_size = amap.shape[2:]
+    return ScorerCall(
         dtype_name(teacher[0].dtype),
-        core_levels(teacher, student, address, strides),
-        batch,
+        [level.shape for level in teacher],
+        list(map(address, teacher)),
+        list(map(strides, teacher)),
+        list(map(address, student)),
+        list(map(strides, student)),
         image_size,
         options.combine_size or image_size,
         options.weights,
@@ -43,8 +147,64 @@ def core_call(
     )
 
 
-def core_levels(teacher: Sequence[Any], student: Sequence[Any], address: Any, strides: Any) -> "list[_core.Level]":
-    """Describe the features of every level for the functions of ``_core``; see :func:`core_call`."""
-    return [
-        (address(t), address(s), *t.shape[1:], *strides(t), *strides(s)) for t, s in zip(teacher, student, strict=True)
-    ]
+def loss_call(teacher: Sequence[Any], student: Sequence[Any], scalars: Any, access: Access) -> LossCall:
+    """Describe a call of the loss.
+
+    Args:
+        teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
+        student (Sequence): Likewise.
+        scalars (Any): Memory ``(2, positions of all levels)``, contiguous.
+        access (Access): Addresses all of them.
+
+    Returns:
+        LossCall: The call.
+    """
+    address, strides = access
+    return LossCall(
+        dtype_name(teacher[0].dtype),
+        [level.shape for level in teacher],
+        list(map(address, teacher)),
+        list(map(strides, teacher)),
+        list(map(address, student)),
+        list(map(strides, student)),
+        address(scalars),
+    )
+
+
+def anomaly_map(call: ScorerCall, num_threads: int) -> None:
+    """Score on the CPU. Outputs that overlap with features or with each other are a ValueError."""
+    _core.anomaly_map(call, num_threads)
+
+
+def anomaly_map_cuda(call: ScorerCall, scratch: int, queue: CudaQueue) -> None:
+    """Enqueue the same.
+
+    ``scratch`` is the address of room for the distances of all levels and, where they are combined at another size than
+    the map's, for the combined map.
+    """
+    _core.anomaly_map_cuda(call, scratch, *queue)
+
+
+def feature_matching(call: LossCall, loss: int, num_threads: int) -> None:
+    """Write the loss to the address ``loss``, and the scalars of the call."""
+    _core.feature_matching(call, loss, num_threads)
+
+
+def feature_matching_cuda(call: LossCall, loss: int, partial_sums: int, queue: CudaQueue) -> None:
+    """Enqueue the same. ``partial_sums`` is the address of room for ``most_partial_sums`` float64."""
+    _core.feature_matching_cuda(call, loss, partial_sums, *queue)
+
+
+def feature_matching_backward(call: LossCall, upstream: int, gradients: Gradients, num_threads: int) -> None:
+    """Write the student's gradients of each level, given the scalars and the address of the loss's gradient."""
+    _core.feature_matching_backward(call, upstream, gradients, num_threads)
+
+
+def feature_matching_backward_cuda(call: LossCall, upstream: int, gradients: Gradients, queue: CudaQueue) -> None:
+    """Enqueue the same."""
+    _core.feature_matching_backward_cuda(call, upstream, gradients, *queue)
+
+
+def run_both(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
+    """Call two functions at the same time, one of them on the caller's thread; of what they raise, raise the first."""
+    return _core.run_both(first, second)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The formulas of ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
+"""The formulas of ``csrc/distance_math.h`` in torch operations: differentiable, exportable, on any device."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Tensors = Sequence[torch.Tensor]
 def formula(
     teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options
 ) -> tuple[torch.Tensor, ...]:
-    """State ``csrc/anomaly_map_math.h`` in torch operations: differentiable, exportable, on any device."""
+    """State ``csrc/distance_math.h`` in torch operations: differentiable, exportable, on any device."""
     level_maps, weighted = [], []
     for t, s, weight in zip(teacher, student, options.weights, strict=True):
         distance = 0.5 * squared_distance(t, s)

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../anomaly_map.h"
-#include "../anomaly_map_math.h"
+#include "../distance_math.h"
 #include "dispatch.h"
 #include "tasks.h"
 #include "team.h"

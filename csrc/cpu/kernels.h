@@ -39,7 +39,7 @@ struct Kernels {
                  int64_t begin, int64_t end, void* scratch);
 
   /// Writes the factors and projections (Real) of positions [begin, end) of one level, row-major, and returns the sum
-  /// of their values (Matching in anomaly_map_math.h).
+  /// of their values (Matching in distance_math.h).
   double (*matching)(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* factors,
                      void* projections);
 

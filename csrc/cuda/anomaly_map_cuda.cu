@@ -7,10 +7,13 @@
 // Distances pass through memory that the caller supplies (0.5 % of the bytes for ResNet18; it stays in the L2 cache).
 // Every sum has one order and the score is a maximum, so the result is the same to the bit from run to run.
 
+#include <cooperative_groups.h>
+
 #include <algorithm>
 
 #include "../anomaly_map.h"
-#include "features.cuh"
+#include "dot_products.cuh"
+#include "launch.cuh"
 
 namespace stfpm_ext {
 namespace {

@@ -4,10 +4,13 @@
 // the first block adds up the blocks, so that the sum has one order on any one device. Nothing here waits for the
 // device: the upstream gradient is read where it is.
 
+#include <cooperative_groups.h>
+
 #include <algorithm>
 
 #include "../feature_matching.h"
-#include "features.cuh"
+#include "dot_products.cuh"
+#include "launch.cuh"
 
 namespace stfpm_ext {
 namespace {

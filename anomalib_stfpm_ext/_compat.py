@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Private names of torch and Lightning, each used in one function here, with the reason.
+
+A new release may rename them. Then ``tests/test_compat.py`` fails, and this is the one file to mend.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins import LayerSync
+
+
+def is_transformed() -> bool:
+    """Tell whether ``torch.func`` or forward-mode differentiation is at work, which must see torch's own operations.
+
+    torch has no public question for either.
+
+    Returns:
+        bool: Whether one of them is; ``False`` while ``torch.compile`` follows, to which the question means nothing.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_dispatched() -> bool:
+    """Tell whether a ``TorchDispatchMode`` follows the operators, as in ``torch.export`` and fake tensors.
+
+    torch has no public question for it.
+
+    Returns:
+        bool: Whether one does.
+    """
+    return bool(is_in_torch_dispatch_mode())
+
+
+def is_tracing() -> bool:
+    """Tell whether TorchScript records what is computed, which torch's older ONNX exporter has it do, too.
+
+    ``torch.jit.is_tracing`` takes four times as long, and each call of the scorer asks.
+
+    Returns:
+        bool: Whether it does.
+    """
+    return torch._C._get_tracing_state() is not None
+
+
+def current_stream(device: torch.device) -> int:
+    """Return torch's current stream on a CUDA device, as kernels take it.
+
+    ``torch.cuda.current_stream`` makes a Python object first, which takes longer than the rest of the call.
+
+    Args:
+        device (torch.device): The device, with its index.
+
+    Returns:
+        int: The address of the ``cudaStream_t``.
+    """
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return how many times torch has changed a tensor in place.
+
+    torch documents the counter for authors of autograd functions, but gives it no public name.
+
+    Args:
+        tensor (torch.Tensor): The tensor, not of inference mode.
+
+    Returns:
+        int: The count.
+    """
+    return int(tensor._version)
+
+
+def own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Iterate over the parameters and buffers of a module, without those of its children.
+
+    ``parameters(recurse=False)`` and ``buffers(recurse=False)`` take three times as long, and each inference asks.
+
+    Args:
+        module (nn.Module): The module.
+
+    Yields:
+        torch.Tensor: A parameter or a buffer.
+    """
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield tensor
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks follow a module's forward pass.
+
+    torch lets hooks be registered and removed, but not counted.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        bool: Whether there are any.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def register_namedtuple(kind: type, name: str) -> None:
+    """Let ``torch.export.save`` write programs that return a named tuple.
+
+    ``torch.export`` has a public registration for data classes only.
+
+    Args:
+        kind (type): The class.
+        name (str): Its name in files.
+    """
+    if kind not in _pytree.SUPPORTED_SERIALIZED_TYPES:
+        _pytree._register_namedtuple(kind, serialized_type_name=name)
+
+
+def lacks_packed_convolution() -> str | None:
+    """Say what this torch lacks of :func:`pack_convolution` and :func:`convolve_packed`.
+
+    Returns:
+        str | None: The operator's name, or ``None`` if nothing is missing.
+    """
+    if not hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight"):
+        return "mkldnn_reorder_conv2d_weight"
+    return None if hasattr(torch.ops.mkldnn, "_convolution_pointwise") else "mkldnn._convolution_pointwise"
+
+
+def pack_convolution(weight: torch.Tensor, geometry: Sequence[Any], images: torch.Size) -> torch.Tensor:
+    """Arrange a convolution's weight as oneDNN wants it.
+
+    Only torch's own compiler, inductor, has a use for the operator.
+
+    Args:
+        weight (torch.Tensor): Weight ``(O, I, H, W)``, float32 on the CPU.
+        geometry (Sequence): Padding, stride, dilation and groups of the convolution.
+        images (torch.Size): Shape of the features for which the layout is chosen; others get the same result.
+
+    Returns:
+        torch.Tensor: The weight, opaque to all but :func:`convolve_packed`.
+    """
+    pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    packed: torch.Tensor = pack(weight.to_mkldnn(), *geometry, images)
+    return packed
+
+
+def convolve_packed(
+    features: torch.Tensor,
+    other: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Sequence[Any],
+    activation: str | None,
+    scalars: Sequence[float],
+) -> torch.Tensor:
+    """Compute ``activation(convolution(features) + other)`` in one pass.
+
+    Only inductor has a use for the operator.
+
+    Args:
+        features (torch.Tensor): Features ``(B, C, H, W)``, float32 on the CPU.
+        other (torch.Tensor | None): What is added, of the result's shape.
+        weight (torch.Tensor): As :func:`pack_convolution` returns it.
+        bias (torch.Tensor | None): The bias.
+        geometry (Sequence): Padding, stride, dilation and groups of the convolution.
+        activation (str | None): oneDNN's name of the activation; after a sum it has no other than ``"relu"``.
+        scalars (Sequence[float]): Numbers of the activation.
+
+    Returns:
+        torch.Tensor: The result.
+    """
+    convolve, weights = torch.ops.mkldnn._convolution_pointwise, (weight, bias, *geometry)
+    result: torch.Tensor
+    if other is None:
+        result = convolve(features, *weights, activation or "none", scalars, "")
+    else:
+        result = convolve.binary(features, other, *weights, "add", 1.0, activation, scalars, "")
+    return result
+
+
+def data_source(loop: Any) -> Any:
+    """Return where a loop of the trainer has its loader from.
+
+    Lightning has no public way to a loader that was given to ``fit``, nor to choose the sampler of a stage.
+
+    Args:
+        loop (Any): ``trainer.fit_loop``, ``trainer.test_loop`` or the like.
+
+    Returns:
+        Any: The source: ``instance`` is a data module or a loader, ``dataloader()`` makes or returns the loader.
+    """
+    return loop._data_source
+
+
+def forget_loader(trainer: "Trainer") -> None:
+    """Have the fit make its loader anew, from what its :func:`data_source` is now.
+
+    A learning rate finder leaves the loader of its own fit behind, which Lightning would use again.
+
+    Args:
+        trainer (Trainer): Trainer before its first epoch.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def uses_distributed_sampler(trainer: "Trainer") -> bool:
+    """Return ``use_distributed_sampler``, as the user gave it to the trainer.
+
+    The trainer keeps it in a private object alone.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Returns:
+        bool: Whether Lightning may replace samplers.
+    """
+    return trainer._accelerator_connector.use_distributed_sampler
+
+
+def replace_layer_sync(trainer: "Trainer", kind: type, replacement: "LayerSync") -> None:
+    """Replace the strategy's synchronisation of batch norms.
+
+    Lightning takes one only from the constructor of the trainer, which is the user's.
+
+    Args:
+        trainer (Trainer): Trainer in its set-up.
+        kind (type): Class of the synchronisation to be replaced; another one stays, and so does none.
+        replacement (LayerSync): The new one.
+    """
+    strategy: Any = trainer.strategy
+    if isinstance(getattr(strategy, "_layer_sync", None), kind):
+        strategy._layer_sync = replacement

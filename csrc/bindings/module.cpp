@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The Python module _core. Its one caller is ops/native.py.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "calls.h"
+#include "concurrent.h"
+#include "gil.h"
+
+namespace py = pybind11;
+using namespace stfpm_ext;
+
+namespace {
+
+void score_on_cpu(const ScorerCall& call, int num_threads) {
+  const AnomalyMapParams params = params_from(call);
+  without_gil([&] { anomaly_map_cpu(params, num_threads); });
+}
+
+void match_on_cpu(const LossCall& call, uintptr_t loss, int num_threads) {
+  const FeatureMatchingParams params = params_from(call);
+  without_gil([&] { feature_matching_cpu(params, reinterpret_cast<void*>(loss), num_threads); });
+}
+
+void match_backward_on_cpu(const LossCall& call, uintptr_t upstream, const Gradients& targets, int num_threads) {
+  const FeatureMatchingParams params = params_from(call);
+  const auto gradients = gradients_from(targets, params.num_levels);
+  without_gil([&] {
+    feature_matching_backward_cpu(params, reinterpret_cast<const void*>(upstream), gradients.data(), num_threads);
+  });
+}
+
+#ifdef STFPM_EXT_CUDA_ARCHITECTURES
+constexpr const char* kCudaArchitectures = STFPM_EXT_CUDA_ARCHITECTURES;
+
+void score_on_cuda(const ScorerCall& call, uintptr_t scratch, int device, uintptr_t stream) {
+  const AnomalyMapParams params = params_from(call);
+  without_gil(
+      [&] { anomaly_map_cuda(params, reinterpret_cast<void*>(scratch), device, reinterpret_cast<void*>(stream)); });
+}
+
+void match_on_cuda(const LossCall& call, uintptr_t loss, uintptr_t partial_sums, int device, uintptr_t stream) {
+  const FeatureMatchingParams params = params_from(call);
+  without_gil([&] {
+    feature_matching_cuda(params, reinterpret_cast<void*>(loss), reinterpret_cast<double*>(partial_sums), device,
+                          reinterpret_cast<void*>(stream));
+  });
+}
+
+void match_backward_on_cuda(const LossCall& call, uintptr_t upstream, const Gradients& targets, int device,
+                            uintptr_t stream) {
+  const FeatureMatchingParams params = params_from(call);
+  const auto gradients = gradients_from(targets, params.num_levels);
+  without_gil([&] {
+    feature_matching_backward_cuda(params, reinterpret_cast<const void*>(upstream), gradients.data(), device,
+                                   reinterpret_cast<void*>(stream));
+  });
+}
+#else
+constexpr const char* kCudaArchitectures = "";
+#endif
+
+std::vector<std::string> names_of(const std::vector<const Kernels*>& all) {
+  std::vector<std::string> names;
+  for (const Kernels* kernel : all) names.emplace_back(kernel->isa);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.attr("__version__") = STFPM_EXT_VERSION;
+  module.attr("compiler") = STFPM_EXT_COMPILER;
+  module.attr("built_isas") = built_isas();
+  module.attr("available_isas") = names_of(available_kernels());
+  module.attr("cuda_architectures") = kCudaArchitectures;
+  module.def("selected_isa", [] { return std::string(kernels().isa); });
+  module.def("anomaly_map", &score_on_cpu, py::arg("call"), py::arg("num_threads"));
+  module.def("feature_matching", &match_on_cpu, py::arg("call"), py::arg("loss"), py::arg("num_threads"));
+  module.def("feature_matching_backward", &match_backward_on_cpu, py::arg("call"), py::arg("upstream"),
+             py::arg("gradients"), py::arg("num_threads"));
+  module.def("run_both", &run_both, py::arg("first"), py::arg("second"));
+  module.attr("most_partial_sums") = kMostPartialSums;
+#ifdef STFPM_EXT_CUDA_ARCHITECTURES
+  module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("scratch"), py::arg("device"),
+             py::arg("stream"));
+  module.def("feature_matching_cuda", &match_on_cuda, py::arg("call"), py::arg("loss"), py::arg("partial_sums"),
+             py::arg("device"), py::arg("stream"));
+  module.def("feature_matching_backward_cuda", &match_backward_on_cuda, py::arg("call"), py::arg("upstream"),
+             py::arg("gradients"), py::arg("device"), py::arg("stream"));
+#endif
+}
