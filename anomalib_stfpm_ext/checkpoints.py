@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints: read without running code from them, and saved without the teacher, which they then name instead.
+"""Checkpoints: read without running code from them, for one network alone, and saved without the teacher if wanted.
 
-The teacher is half of the model, and many models share it.
+The teacher is half of the model, and many models share it. A checkpoint without it names it instead.
 """
 
 import hashlib
@@ -16,7 +16,9 @@ from .errors import fail
 from .feature_pyramid import Teacher
 
 CHECKPOINT_KEY = "stfpm_ext_teacher"
+NETWORK_KEY = "stfpm_ext_network"
 TEACHER_PREFIX = "model.teacher_model."  # of the teacher's tensors in a checkpoint's state_dict
+STUDENT_PREFIX = "model.student_model."
 
 
 def load_content(path: str) -> dict[str, Any]:
@@ -40,6 +42,42 @@ def load_content(path: str) -> dict[str, Any]:
         msg = "its hyper_parameters are no dictionary"
         raise ValueError(msg)
     return content
+
+
+def name_network(checkpoint: dict[str, Any], teacher: Teacher, combine_at: str) -> None:
+    """Say in a checkpoint which network it is of.
+
+    Args:
+        checkpoint (dict[str, Any]): The checkpoint, which is changed.
+        teacher (Teacher): The teacher, whose architecture is the student's.
+        combine_at (str): Where the levels are combined.
+    """
+    checkpoint[NETWORK_KEY] = {"backbone": teacher.backbone, "layers": teacher.layers, "combine_at": combine_at}
+
+
+def check_network(checkpoint: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """Check that a checkpoint is of a network.
+
+    Args:
+        checkpoint (dict[str, Any]): The checkpoint, of this package or of anomalib's Stfpm.
+        teacher (Teacher): The teacher, whose architecture is the student's.
+
+    Returns:
+        dict[str, Any]: What the checkpoint says of its network, maybe nothing.
+
+    Raises:
+        ValueError: If it is of another network.
+    """
+    if not any(name.startswith(STUDENT_PREFIX) for name in checkpoint["state_dict"]):
+        fail(ValueError, "checkpoint", "one of StfpmExt or Stfpm", "another model's, without a student")
+    # Lightning writes what load_from_checkpoint is given over the hyperparameters.
+    saved: dict[str, Any] = checkpoint.get(NETWORK_KEY) or checkpoint.get("hyper_parameters", {})
+    backbone, layers = saved.get("backbone", teacher.backbone), saved.get("layers", teacher.layers)
+    if backbone.partition(".")[0] != teacher.backbone.partition(".")[0]:  # the weights' tag may be another
+        fail(ValueError, "backbone", f"{backbone} as in the checkpoint", teacher.backbone)
+    if list(layers) != teacher.layers:
+        fail(ValueError, "layers", f"{list(layers)} as in the checkpoint", teacher.layers)
+    return saved
 
 
 def leave_out(checkpoint: dict[str, Any], teacher: Teacher) -> None:

@@ -3,12 +3,11 @@
 """StfpmExt, the model that anomalib trains, tests and exports."""
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal
 
 import _anomalib_stfpm_ext_autoload
 import timm
@@ -20,78 +19,27 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from ._compat import replace_layer_sync
-from .callbacks.allocator import AllocatorTuning, HeldForFit
-from .callbacks.distributed import StudentSync, share_images
-from .callbacks.hold_out import check_share
-from .callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX, StudentSelection, check_decay, check_resumed
+from .callbacks.allocator import AllocatorTuning
+from .callbacks.cosine_schedule import CosineSchedule
+from .callbacks.distributed import DistributedSetup
+from .callbacks.finite_loss import FiniteLoss
+from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
-from .checkpoints import bring_back, leave_out, load_content
+from .checkpoints import bring_back, check_network, leave_out, load_content, name_network
 from .errors import fail
 from .loss import StfpmExtLoss
 from .torch_model import CompileMode, StfpmExtModel
 from .weights import read_file
 
-MAX_EPOCHS = 100
-NETWORK_KEY = "stfpm_ext_network"  # of a checkpoint
-
-
-class PendingLoss(NamedTuple):
-    """A loss on its way from the device, so that nobody waits for the device until the loss is read."""
-
-    value: torch.Tensor
-    arrived: torch.cuda.Event | None
-    where: str
-
-    @classmethod
-    def send(cls, loss: torch.Tensor, where: str) -> "PendingLoss":
-        """Start the copy of a loss of the step at ``where``."""
-        if not loss.is_cuda:
-            return cls(loss, None, where)
-        value = loss.to("cpu", non_blocking=True)  # pinned
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record(torch.cuda.current_stream(loss.device))
-        return cls(value, arrived, where)
-
-    def read(self) -> float:
-        """Wait for the loss, and return it."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return float(self.value)
-
-
-class SelectionOfFit(HeldForFit):
-    """Leaves the best student in the model where a fit ends by an exception, or before its first step.
-
-    Args:
-        model (StfpmExt): The model.
-    """
-
-    def __init__(self, model: "StfpmExt") -> None:
-        self.model = model
-
-    def release(self) -> None:
-        """Keep the best student."""
-        self.model.on_train_end()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the best student, unless that takes the other processes, which may be elsewhere."""
-        if self.model.held_out_share or trainer.world_size == 1:
-            super().on_exception(trainer, pl_module, exception)
-
-
-def unread_losses(device: torch.device) -> int:
-    """Return how many losses may be on their way: on CUDA the last, since reading it would wait for its step."""
-    return 1 if device.type == "cuda" else 0
+MAX_EPOCHS = 100  # as in the paper
 
 
 class StfpmExt(AnomalibModule):
@@ -189,8 +137,6 @@ class StfpmExt(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_share(held_out_share)
-        check_decay(ema_decay)
         if lr_schedule not in ("constant", "cosine"):
             fail(ValueError, "lr_schedule", "constant or cosine", repr(lr_schedule))
         for argument, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
@@ -200,6 +146,7 @@ class StfpmExt(AnomalibModule):
                 fail(ValueError, argument, "a finite number of at least 0", value)
         if isinstance(seed, bool) or not isinstance(seed, Integral | None):
             fail(TypeError, "seed", "a whole number or None", repr(seed))
+        selection = StudentSelection(held_out_share, seed or 0, ema_decay)
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
@@ -212,17 +159,14 @@ class StfpmExt(AnomalibModule):
         self.model = model
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.held_out_share, self.seed = held_out_share, seed
         if not isinstance(save_teacher, bool):
             fail(TypeError, "save_teacher", "True or False", repr(save_teacher))
         self.save_teacher = save_teacher
         if teacher_cache is None and teacher_cache_half:
             fail(ValueError, "teacher_cache_half", "False where teacher_cache is None", teacher_cache_half)
         self.cache = None if teacher_cache is None else TeacherCache(teacher_cache, teacher_cache_half)
-        self.lr_schedule, self.ema_decay = lr_schedule, ema_decay
-        self.choice: StudentSelection | None = None
-        self._losses: deque[PendingLoss] = deque()
-        self._resumed_choice: dict[str, Any] | None = None
+        self.lr_schedule, self.seed = lr_schedule, seed
+        self.student_selection = selection
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of good images.
@@ -241,37 +185,18 @@ class StfpmExt(AnomalibModule):
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image), sync_dist=True)
         return {"loss": loss}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Make a step, and let the averaged student follow.
-
-        Args:
-            args: As in Lightning's ``optimizer_step``.
-            kwargs: Likewise.
-        """
-        super().optimizer_step(*args, **kwargs)
-        if self.choice:
-            self.choice.update_average(self.trainer.global_step + 1)
-
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
-        """Stop where the loss is not finite; on CUDA one step later, since nothing waits for the step at work.
+        """Have the last step followed by a validation, and so by a threshold.
+
+        Lightning would leave the validation out where ``max_steps`` ends within an epoch.
 
         Args:
-            outputs (STEP_OUTPUT): What the training step returned.
+            outputs (STEP_OUTPUT): Unused.
             batch (Batch): Unused.
             batch_idx (int): Unused.
-
-        Raises:
-            FloatingPointError: If the loss is not finite in one of the processes.
         """
-        del batch, batch_idx
-        loss: torch.Tensor = outputs["loss"].detach()  # type: ignore[index]
-        if self.trainer.world_size > 1:  # all processes stop at the same step
-            loss = loss.clone()
-            torch.distributed.all_reduce(loss)
-        self._losses.append(PendingLoss.send(loss, self._where()))
-        self._check_losses(unread_losses(loss.device))
+        del outputs, batch, batch_idx
         if self.trainer.global_step == self.trainer.max_steps:
-            # Or else Lightning leaves out the validation, and so the threshold, where the steps end within an epoch.
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -313,33 +238,14 @@ class StfpmExt(AnomalibModule):
         ):
             trainer.fit_loop.max_epochs = MAX_EPOCHS
 
-    def setup(self, stage: str) -> None:
-        """Forget the choice of a fit before, and prepare for several processes.
-
-        Args:
-            stage (str): What the trainer is about to do.
-        """
-        if stage == TrainerFn.FITTING:
-            self.choice = self._resumed_choice = None
-            self._losses.clear()
-            replace_layer_sync(self.trainer, TorchSyncBatchNorm, StudentSync())
-        elif stage in (TrainerFn.VALIDATING, TrainerFn.TESTING) and self.trainer.world_size > 1:
-            share_images(self.trainer)
-
     def on_fit_start(self) -> None:
-        """Hold images out, before Lightning asks for the training images.
-
-        Raises:
-            ValueError: If images cannot be held out, or settings are not those of the checkpoint that is resumed.
-        """
+        """Warn of a teacher without weights."""
         self._check_teacher()
-        if self._resumed_choice:
-            check_resumed(self._resumed_choice, self.held_out_share, self.ema_decay)
-        if self.held_out_share or self.ema_decay is not None:
-            student = self.model.student_model
-            self.choice = StudentSelection(student, self.held_out_share, self.seed or 0, self.ema_decay)
-            self.choice.start(self.trainer, self._resumed_choice)
-        self._resumed_choice = None
+
+    def on_validation_start(self) -> None:
+        """Warn of a teacher without weights."""
+        if not self._is_fitting:
+            self._check_teacher()
 
     def on_test_start(self) -> None:
         """Warn of a teacher without weights."""
@@ -360,59 +266,20 @@ class StfpmExt(AnomalibModule):
         return partial(self.cache.features, teacher=self.model.teacher_features) if self.cache else None
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add what lasts as long as a fit: student selection, the teacher cache, allocator tuning.
+        """Add what happens besides the steps, in this order.
 
         Returns:
             Sequence[Callback]: The callbacks.
         """
-        # Allocator tuning comes last: it trims what the others free.
-        held = [SelectionOfFit(self), *([self.cache] if self.cache else []), AllocatorTuning()]
-        return [*super().configure_callbacks(), *held]
-
-    def on_train_start(self) -> None:
-        """Stretch the cosine over the training, whose steps are known only now that images are held out.
-
-        Raises:
-            ValueError: If the number of steps is not known, or not that of the checkpoint that is resumed.
-        """
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, CosineAnnealingLR):
-                steps, before = self.trainer.estimated_stepping_batches, config.scheduler.T_max
-                if not 0 < steps < math.inf:
-                    wanted = "constant, or a trainer that knows its number of steps (max_epochs, max_steps)"
-                    fail(ValueError, "lr_schedule", wanted, self.lr_schedule)
-                if before not in (0, steps):
-                    fail(ValueError, "lr_schedule", f"a training of {before} steps as in the checkpoint", steps)
-                config.scheduler.T_max = int(steps)
-
-    def on_validation_start(self) -> None:
-        """Validate the best student: threshold and normalisation, which are saved with it, must be its own."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self._check_teacher()
-        if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            if self.held_out_share:
-                self.log("held_out_map", self._measure(self.choice), sync_dist=True)
-            self.choice.show(best=True)
-
-    def on_validation_end(self) -> None:
-        """Go on with the student in training."""
-        if self.choice and self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self.choice.show(best=False)
-
-    def on_train_epoch_end(self) -> None:
-        """Measure the student, unless the validation has, before checkpoints are saved and early stopping decides.
-
-        Raises:
-            FloatingPointError: If a loss of the epoch or the measurement is not finite.
-        """
-        self._check_losses()
-        if self.choice and self.held_out_share:
-            self.log("held_out_map", self._measure(self.choice), prog_bar=True, sync_dist=True)
-
-    def on_train_end(self) -> None:
-        """Keep the best student."""
-        if self.choice:
-            self.choice.finish()
+        return [
+            *super().configure_callbacks(),
+            DistributedSetup(),
+            CosineSchedule(),
+            FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
+            self.student_selection,
+            *([self.cache] if self.cache else []),
+            AllocatorTuning(),  # trims what the others free
+        ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the best student as the model's, and what resuming needs beside it.
@@ -421,35 +288,25 @@ class StfpmExt(AnomalibModule):
             checkpoint (dict[str, Any]): Lightning's checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
-        network = self.model.teacher_model
-        checkpoint[NETWORK_KEY] = {
-            "backbone": network.backbone,
-            "layers": network.layers,
-            "combine_at": self.model.combine_at,
-        }
-        if self.choice:
-            self.choice.save(checkpoint)
+        name_network(checkpoint, self.model.teacher_model, self.model.combine_at)
+        self.student_selection.save(checkpoint)
         if not self.save_teacher:
             leave_out(checkpoint, self.model.teacher_model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resume the choice of the student where a fit is resumed, and check the teacher that a checkpoint only names.
+        """Check that network and teacher are the checkpoint's, and prepare to resume its fit.
 
         Args:
             checkpoint (dict[str, Any]): Lightning's checkpoint.
 
         Raises:
-            ValueError: If this model's teacher is another.
+            ValueError: If network or teacher are others, or, in a fit, ``combine_at`` or ``lr_schedule``.
         """
         super().on_load_checkpoint(checkpoint)
-        if not any(name.startswith(STUDENT_PREFIX) for name in checkpoint["state_dict"]):
-            fail(ValueError, "checkpoint", "one of StfpmExt or Stfpm", "another model's, without a student")
-        # Lightning writes what load_from_checkpoint is given over the hyperparameters.
-        saved = checkpoint.get(NETWORK_KEY) or checkpoint.get("hyper_parameters", {})
-        self._check_network(saved)
+        saved = check_network(checkpoint, self.model.teacher_model)
         bring_back(checkpoint, self.model.teacher_model)
         if not self._is_fitting:
-            self.choice = None  # that of a fit before; the student is now another
+            self.student_selection.forget()
             return
         combine_at = saved.get("combine_at", self.model.combine_at)
         if combine_at != self.model.combine_at:  # held-out maps before and after could not be compared
@@ -457,12 +314,7 @@ class StfpmExt(AnomalibModule):
         before = "cosine" if checkpoint.get("lr_schedulers") else "constant"
         if "lr_schedulers" in checkpoint and self.lr_schedule != before:
             fail(ValueError, "lr_schedule", f"{before} as in the checkpoint", self.lr_schedule)
-        self._resumed_choice = checkpoint.get(CHECKPOINT_KEY)
-        if self._resumed_choice is None and self.held_out_share and checkpoint["global_step"]:
-            rank_zero_warn(
-                "held_out_share: the checkpoint comes from a training that held no images out. The choice starts now, "
-                "on images that the student may have been trained on."
-            )
+        self.student_selection.resume(checkpoint)
 
     @property
     def _is_fitting(self) -> bool:
@@ -471,56 +323,12 @@ class StfpmExt(AnomalibModule):
         except RuntimeError:  # Lightning's, of a model without a trainer
             return False
 
-    def __getstate__(self) -> dict[str, Any]:
-        # An export is a pickle of the model: the student in training and images have no place in it.
-        return {**super().__getstate__(), "choice": None, "_losses": deque()}
-
-    def _check_network(self, saved: Mapping[str, Any]) -> None:
-        """Raise an error unless the checkpoint's network, if it names one, is this one."""
-        network = self.model.teacher_model
-        backbone, layers = saved.get("backbone", network.backbone), saved.get("layers", network.layers)
-        if backbone.partition(".")[0] != network.backbone.partition(".")[0]:  # the weights' tag may be another
-            fail(ValueError, "backbone", f"{backbone} as in the checkpoint", network.backbone)
-        if list(layers) != network.layers:
-            fail(ValueError, "layers", f"{list(layers)} as in the checkpoint", network.layers)
-
     def _check_teacher(self) -> None:
         if self.model.teacher_model.is_random:
             rank_zero_warn(
                 "teacher_weights: wanted True, a file, or a checkpoint that brings them, got False and no checkpoint: "
                 "the teacher is random, and so is what it finds."
             )
-
-    def _check_losses(self, unread: int = 0) -> None:
-        while len(self._losses) > unread:
-            loss = self._losses.popleft()
-            value = loss.read()
-            if not math.isfinite(value):
-                self._stop(f"a loss of {value}", loss.where)
-
-    def _measure(self, choice: StudentSelection) -> float:
-        self._check_losses()
-        value = choice.measure(self.trainer, self)
-        if not math.isfinite(value):
-            self._stop(f"a mean anomaly map of the held-out images of {value}", self._where())
-        return value
-
-    def _where(self) -> str:
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return f"at step {self.trainer.global_step}, epoch {self.trainer.current_epoch}, learning rate {lr}"
-
-    def _stop(self, got: str, where: str) -> NoReturn:
-        kept = "held_out_share is 0, so none is kept but in checkpoints"
-        if self.choice and self.held_out_share:
-            self.choice.finish()
-            best = self.choice.best
-            kept = f"that of epoch {best.epoch}" if best else "the one that the training began with"
-        fail(
-            FloatingPointError,
-            "lr",
-            "a learning rate with which training stays finite",
-            f"{got} {where}. Last good student: {kept}",
-        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Set up the paper's SGD for the student, and the schedule of its learning rate.
@@ -533,7 +341,7 @@ class StfpmExt(AnomalibModule):
         )
         if self.lr_schedule == "constant":
             return optimizer
-        scheduler = CosineAnnealingLR(optimizer, T_max=0)  # on_train_start knows
+        scheduler = CosineAnnealingLR(optimizer, T_max=0)  # CosineSchedule sets it
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @staticmethod

@@ -272,7 +272,7 @@ class ReproduceJob(Job):
             resumed = checkpoint.exists()
             engine.fit(model, datamodule=datamodule, ckpt_path=checkpoint if resumed else None)
             trained = time.perf_counter()
-            chosen = model.choice and model.choice.best
+            chosen = model.student_selection.best
             # From the checkpoint, which holds the chosen student, also where there was nothing left to train.
             batches = engine.predict(model, datamodule=datamodule, ckpt_path=checkpoint)
         metrics = measure(batches)

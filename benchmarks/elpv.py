@@ -124,7 +124,7 @@ def train(variant: str, options: dict[str, Any], seed: int, epochs: int, data: P
             enable_progress_bar=False,
             logger=False,
         ).fit(model, datamodule=cells)
-    best = getattr(model, "choice", None) and model.choice.best
+    best = getattr(model, "student_selection", None) and model.student_selection.best
     return {
         "variant": variant,
         "options": options,

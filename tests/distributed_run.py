@@ -82,7 +82,7 @@ def main(images: str, output: str, devices: int) -> None:
     engine = Engine([seen], max_epochs=4, accelerator="cpu", default_root_dir=output, **strategy, **quiet)
     engine.fit(model, training, data.test_dataloader())
     student = [tensor.double().sum().item() for tensor in model.model.student_model.state_dict().values()]
-    choice = model.choice
+    choice = model.student_selection
     engine.validate(model, datamodule=data, verbose=False)
     (figures,) = engine.test(model, datamodule=data, verbose=False)
     engine.predict(model, datamodule=data)

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 
 from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.callbacks.distributed import DistributedSetup
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
@@ -74,7 +75,7 @@ def test_batch_norm_over_all_processes(backbone):
     student, teacher = model.model.student_model, model.model.teacher_model
     images, before = torch.randn(4, 3, 32, 32), [[*network.modules()] for network in (student, teacher)]
     model.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=True, logger=False)
-    model.setup("fit")
+    DistributedSetup().setup(model.trainer, model, "fit")
     sync = model.trainer.strategy._layer_sync
     assert not isinstance(sync, TorchSyncBatchNorm)
 

@@ -32,7 +32,8 @@ from torch.utils.data import (
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from anomalib_stfpm_ext import StfpmExt, lightning_model
+from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.callbacks import finite_loss
 from anomalib_stfpm_ext.callbacks.hold_out import split
 from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX
 
@@ -197,10 +198,10 @@ def test_training_sees_neither_held_out_nor_test_images(make_model, fit, images,
 def test_best_student_is_validated_saved_tested_and_kept(make_model, fit, images):
     model, steer = make_model(), Steer(0.3, 0.1, 0.5, 0.2)
     engine = fit(model, steer, Seen(), epochs=4)
-    values = [measurement.value for measurement in model.choice.history]
-    assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
+    values = [measurement.value for measurement in model.student_selection.history]
+    assert [measurement.epoch for measurement in model.student_selection.history] == [0, 1, 2, 3]
     assert np.argsort(values).tolist() == [1, 3, 0, 2]
-    assert model.choice.best == model.choice.history[1]
+    assert model.student_selection.best == model.student_selection.history[1]
     assert engine.trainer.callback_metrics["held_out_map"].item() == pytest.approx(values[3])
 
     checkpoint, best, last = content(engine), steer.student(model, 1), steer.student(model, 3)
@@ -285,7 +286,7 @@ def test_steps_that_end_within_an_epoch_end_with_a_validation(make_model, fit, i
     """Three epochs of two steps, the last of one: the student that is kept brings its own threshold."""
     model, steer = make_model(), Steer(0.3, 0.2, 0.1)
     fit(model, steer, epochs=-1, max_steps=5)
-    assert [measurement.step for measurement in model.choice.history] == [2, 4, 5]
+    assert [measurement.step for measurement in model.student_selection.history] == [2, 4, 5]
     assert same(model.model.student_model.state_dict(), steer.student(model, 2))
     kept = model.post_processor.image_threshold.clone()
     Engine(**QUIET).validate(model, datamodule=folder(images))
@@ -309,12 +310,12 @@ def test_defective_images_of_parts_are_not_held_out(make_model, images, tmp_path
 
     class Look(Callback):
         def on_train_batch_end(self, _trainer, module, *_):
-            seen.extend(some[index].gt_label.item() for index in module.choice.loader.dataset.indices)
+            seen.extend(some[index].gt_label.item() for index in module.student_selection.loader.dataset.indices)
 
     loader = DataLoader(some, batch_size=4, collate_fn=data.test_data.collate_fn)
     Trainer(max_epochs=1, callbacks=[Look()], default_root_dir=tmp_path, **QUIET).fit(model, loader)
     labels = data.test_data.samples.label_index.to_numpy()
-    assert model.choice._num_images == -(-((labels[1:] == 0).sum() + (labels == 0).sum()) // 2)
+    assert model.student_selection._num_images == -(-((labels[1:] == 0).sum() + (labels == 0).sum()) // 2)
     assert not any(seen)
 
 
@@ -375,7 +376,7 @@ def test_loader_of_the_users_own(make_model, dataset, shuffle):
     training = [f"{index}.png" for index in sorted(set(range(8)) - set(split(8, 0.2, 0)))]
     assert sorted(seen.training[:6]) == sorted(seen.training[6:]) == training
     assert shuffle == (seen.training != training + training)
-    assert len(model.choice.history) == 2
+    assert len(model.student_selection.history) == 2
 
 
 def test_loaders_that_cannot_be_split(make_model, dataset):
@@ -466,7 +467,7 @@ def test_nan_stops_the_training_and_keeps_the_last_good_student(make_model, fit,
 @pytest.mark.parametrize(("share", "broken"), [(0.2, 3), (0.2, 4), (0, 4)])
 def test_loss_that_is_read_a_step_later(make_model, fit, monkeypatch, share, broken):
     """As on a GPU, where nobody waits for the step at work; two steps in each epoch."""
-    monkeypatch.setattr(lightning_model, "unread_losses", lambda _device: 1)
+    monkeypatch.setattr(finite_loss, "unread_losses", lambda _device: 1)
 
     class Break(Callback):
         def on_train_batch_start(self, trainer, _pl_module, batch, _batch_idx):
@@ -479,7 +480,7 @@ def test_loss_that_is_read_a_step_later(make_model, fit, monkeypatch, share, bro
         fit(model, breaks)
     assert breaks.step == 4  # a step later, but not later than the end of the epoch
     if share:
-        assert model.choice.best.epoch == 0
+        assert model.student_selection.best.epoch == 0
         assert all(tensor.isfinite().all() for tensor in model.model.student_model.state_dict().values())
 
 
@@ -496,27 +497,27 @@ def test_steps_do_not_wait_for_the_gpu(make_model, images, tmp_path):
     settings = QUIET | {"accelerator": "cuda", "devices": 1, "default_root_dir": tmp_path}
     model = make_model(ema_decay=0.5, lr_schedule="cosine")
     Trainer(max_epochs=2, callbacks=[Strict()], **settings).fit(model, datamodule=folder(images))
-    assert len(model.choice.history) == 2
+    assert len(model.student_selection.history) == 2
 
 
 def test_early_stopping_and_checkpoints_can_follow_the_held_out_map(make_model, fit, tmp_path):
     model, steer = make_model(), Steer(0.3, 0.1, 0.5, 0.6, 0.7)
     best = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", monitor="held_out_map")
     fit(model, steer, best, EarlyStopping("held_out_map", patience=2), epochs=5)
-    assert [measurement.epoch for measurement in model.choice.history] == [0, 1, 2, 3]
+    assert [measurement.epoch for measurement in model.student_selection.history] == [0, 1, 2, 3]
     assert Path(best.best_model_path).name == "epoch=1.ckpt"
     assert same(model.model.student_model.state_dict(), steer.student(model, 1))
 
     model = make_model()  # measured twice in each epoch
     fit(model, Steer(0.1, 0.2, 0.3), EarlyStopping("held_out_map", patience=1), val_check_interval=0.5)
-    assert len(model.choice.history) < 6
+    assert len(model.student_selection.history) < 6
 
 
 def test_learning_rate_finder_goes_before(make_model, fit):
     model, seen, follow = make_model(lr_schedule="cosine", ema_decay=0.5), Seen(), Follow()
     fit(model, LearningRateFinder(num_training_steps=3), seen, follow, epochs=2)
     np.testing.assert_allclose(follow.rates[-4:], model.lr * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2, rtol=1e-6)
-    assert [measurement.epoch for measurement in model.choice.history] == [0, 1]
+    assert [measurement.epoch for measurement in model.student_selection.history] == [0, 1]
     assert sorted(seen.training[-12:]) == sorted(2 * [f"{i}.png" for i in set(range(8)) - set(split(8, 0.2, 0))])
 
 
@@ -526,7 +527,7 @@ def test_checkpoints_that_are_saved_by_the_validation(make_model, fit, validatio
     checkpoint = content(fit(model, steer, epochs=2, **validation))
     assert same(student_of(checkpoint["state_dict"]), steer.student(model, 0))
     assert same(checkpoint[CHECKPOINT_KEY]["student"], steer.student(model, 1))
-    steps = [measurement.step for measurement in model.choice.history]
+    steps = [measurement.step for measurement in model.student_selection.history]
     assert steps == ([1, 2, 3, 4] if "val_check_interval" in validation else [2, 4])
 
 
@@ -539,7 +540,7 @@ def test_checkpoint_of_an_older_version(make_model, fit, tmp_path):
     assert same(loaded.state_dict(), checkpoint["state_dict"])
     with pytest.warns(UserWarning, match="held_out_share: the checkpoint comes from a training that held no images"):
         fit(loaded, epochs=2, ckpt_path=tmp_path / "old.ckpt")
-    assert [measurement.epoch for measurement in loaded.choice.history] == [1]
+    assert [measurement.epoch for measurement in loaded.student_selection.history] == [1]
 
 
 @pytest.mark.parametrize("share", [0.2, 0])
@@ -638,7 +639,7 @@ def test_export_holds_one_student(make_model, fit, tmp_path):
     fit(model, epochs=1)
     exported = torch.load(model.to_torch(tmp_path), weights_only=False)["model"]
     assert same(exported.state_dict(), model.state_dict())
-    assert exported.choice is None
+    assert exported.student_selection.students is None
 
 
 @pytest.mark.parametrize(
@@ -695,7 +696,7 @@ def fit(name, ckpt_path=None, **settings):
     engine = Engine([each_epoch], default_root_dir=own, max_epochs=2, accelerator="cpu", devices=2, strategy="ddp",
         logger=False, enable_progress_bar=False, limit_val_batches=0)
     engine.fit(model, datamodule=data, ckpt_path=ckpt_path)
-    result = {"history": model.choice.history, "read": read, "checkpoint": each_epoch.best_model_path,
+    result = {"history": model.student_selection.history, "read": read, "checkpoint": each_epoch.best_model_path,
         "student": sum(float(tensor.double().sum()) for tensor in model.model.student_model.state_dict().values())}
     Path(output, f"{name}_{engine.trainer.global_rank}.json").write_text(json.dumps(result))
 

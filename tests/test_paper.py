@@ -115,11 +115,11 @@ def test_training_is_the_papers(images, resnet18_weights, tmp_path, combine_at):
         students.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
 
     np.testing.assert_allclose(record.losses, losses, rtol=1e-7)
-    history = model.choice.history
+    history = model.student_selection.history
     np.testing.assert_allclose([measurement.value for measurement in history], means, rtol=1e-7)
     assert len(set(means)) == EPOCHS  # there is something to choose
     best = int(np.argmin(means))
-    assert history[best] == model.choice.best
+    assert history[best] == model.student_selection.best
 
     student.load_state_dict(students[best])
     test_images = prepared(data.test_data, range(len(data.test_data)))

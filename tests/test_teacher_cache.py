@@ -81,7 +81,8 @@ def same_run(first: tuple[StfpmExt, Record], second: tuple[StfpmExt, Record]) ->
     students = [model.model.student_model.state_dict() for model, _ in (first, second)]
     return (
         first[1].losses == second[1].losses
-        and getattr(first[0].choice, "history", None) == getattr(second[0].choice, "history", None)
+        and getattr(first[0].student_selection, "history", None)
+        == getattr(second[0].student_selection, "history", None)
         and all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
     )
 
@@ -401,7 +402,7 @@ def test_resumed_run_ends_as_the_unbroken_one(fit, images, tmp_path, make_model)
     engine = Engine(max_epochs=3, limit_val_batches=0, default_root_dir=tmp_path, **QUIET)
     checkpoint = next(tmp_path.glob("**/v1/**/*.ckpt"))
     engine.fit(model, datamodule=folder(images), ckpt_path=checkpoint)
-    assert model.choice.history == unbroken[0].choice.history
+    assert model.student_selection.history == unbroken[0].student_selection.history
 
 
 DDP = """
@@ -439,7 +440,7 @@ for location in (None, "memory"):
     engine = Engine([record], default_root_dir=own, max_epochs=4, accelerator="cpu", devices=2, strategy="ddp",
         logger=False, enable_progress_bar=False, limit_val_batches=0)
     engine.fit(model, datamodule=data)
-    result = {"losses": record.losses, "history": model.choice.history, "images": record.images}
+    result = {"losses": record.losses, "history": model.student_selection.history, "images": record.images}
     Path(output, f"{location}{engine.trainer.global_rank}.json").write_text(json.dumps(result))
 """
 

@@ -5,30 +5,13 @@
 import ctypes
 import os
 import platform
-from abc import ABC, abstractmethod
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+from .held_for_fit import HeldForFit
 
 # mallopt's parameters, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-
-
-class HeldForFit(Callback, ABC):
-    """What is held for a fit and released at its end, however it ends."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Let go of it."""
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release it at the end of the fit."""
-        del trainer, pl_module, stage
-        self.release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release it where an exception ends the fit."""
-        del trainer, pl_module, exception
-        self.release()
 
 
 class AllocatorTuning(HeldForFit):

@@ -4,14 +4,15 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from .._compat import data_source, uses_distributed_sampler
+from .._compat import data_source, replace_layer_sync, uses_distributed_sampler
 from .hold_out import same_loader
 
 
@@ -57,6 +58,18 @@ class StudentSync(LayerSync):
             norm.load_state_dict(synchronised.state_dict())
             setattr(parent, name, norm.train(synchronised.training))
         return model
+
+
+class DistributedSetup(Callback):
+    """Prepares a trainer with several processes; with one it changes nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Synchronise the student's batch norms in a fit, and share out the images of a validation or a test."""
+        del pl_module
+        if stage == TrainerFn.FITTING:
+            replace_layer_sync(trainer, TorchSyncBatchNorm, StudentSync())
+        elif stage in (TrainerFn.VALIDATING, TrainerFn.TESTING) and trainer.world_size > 1:
+            share_images(trainer)
 
 
 def share_images(trainer: Trainer) -> None:

@@ -3,127 +3,245 @@
 """Student selection: good images that it never trains on say which epoch's student is kept."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, Trainer
-from timm.utils import ModelEmaV3
-from torch import nn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from ..checkpoints import STUDENT_PREFIX
 from ..errors import fail
-from .hold_out import hold_out
+from .finite_loss import fail_as_diverged, where
+from .held_for_fit import HeldForFit
+from .hold_out import check_share, hold_out
+from .students import Measurement, Students
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 CHECKPOINT_KEY = "stfpm_ext_held_out"
-STUDENT_PREFIX = "model.student_model."  # of the student's tensors in a checkpoint's state_dict
 
 
-class Measurement(NamedTuple):
-    """Mean anomaly map of the held-out images under one student."""
-
-    epoch: int
-    step: int
-    value: float
-
-
-class StudentSelection:
+class StudentSelection(HeldForFit):
     """Holds good training images out, measures students on them and keeps the best, as the paper's authors do.
 
-    Two students are alive during a fit: the one in training and the best so far. One of them is in the network, the
-    tensors of the other are here. With an exponential moving average there is a third, the averaged one, and it is the
-    one that is measured and becomes the best.
+    The student is measured before each validation within a fit and at the end of each epoch, before checkpoints are
+    saved and early stopping decides. A validation sees the best student, since threshold and normalisation are saved
+    with it. Lightning does not ask callbacks about checkpoints of weights alone, so the model calls :meth:`save` and
+    :meth:`resume`.
 
     Args:
-        student (nn.Module): The network.
         share (float): Share of the good training images that are held out, below 1; with 0 nothing is measured, and the
             averaged student counts as the best.
         seed (int): Says which ones.
-        ema_decay (float | None): Decay of the average; ``None`` for no average.
+        ema_decay (float | None): Decay of an exponential moving average of the student; ``None`` for no average. With
+            share 0 and no average there is nothing to select: the last student is kept.
 
     Attributes:
-        history (list[Measurement]): What was measured, in this order.
-        loader (DataLoader | None): This process's share of the held-out images, from :meth:`start` to :meth:`finish`.
+        students (Students | None): Those of this fit or the last one, if there was something to select.
+        loader (DataLoader | None): This process's share of the held-out images, while a fit lasts.
+
+    Raises:
+        TypeError: If ``share`` or ``ema_decay`` is no number.
+        ValueError: If one of them is out of range.
     """
 
-    def __init__(self, student: nn.Module, share: float, seed: int, ema_decay: float | None) -> None:
-        self.student, self.share, self.seed, self.ema_decay = student, share, seed, ema_decay
-        self.history: list[Measurement] = []
-        self._average: ModelEmaV3 | None = None
-        self._other: dict[str, torch.Tensor] = {}
-        self._best_in_network = False
+    def __init__(self, share: float, seed: int, ema_decay: float | None) -> None:
+        check_share(share)
+        check_decay(ema_decay)
+        self.share, self.seed, self.ema_decay = share, seed, ema_decay
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the students of a fit before, since the model's is now another."""
+        self.students: Students | None = None
         self.loader: DataLoader[Any] | None = None
         self._num_images = 0
-        self._world_size = 1
+        self._split_seed = self.seed
+        self._last_step = 0
+        self._resumed: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An export is a pickle of the model: other students and images have no place in it.
+        return {"share": self.share, "seed": self.seed, "ema_decay": self.ema_decay}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def history(self) -> list[Measurement]:
+        """What was measured, in this order.
+
+        Returns:
+            list[Measurement]: The measurements; none without :attr:`students`.
+        """
+        return self.students.history if self.students else []
 
     @property
     def best(self) -> Measurement | None:
-        """The lowest measurement, the earliest of equals; ``None`` before the first."""
-        return min(self.history, key=lambda measurement: measurement.value, default=None)
+        """The measurement of the student that is kept.
 
-    def start(self, trainer: Trainer, resumed: dict[str, Any] | None) -> None:
-        """Take the held-out images out of the training, and go on from where the checkpoint left off, if any.
+        Returns:
+            Measurement | None: The lowest, the earliest of equals; ``None`` before the first.
+        """
+        return self.students.best if self.students else None
+
+    def describe_kept(self) -> str:
+        """Say which student would be left if the fit ended now.
+
+        Returns:
+            str: The student, for an error.
+        """
+        if not self.share:
+            return "held_out_share is 0, so none is kept but in checkpoints"
+        return f"that of epoch {self.best.epoch}" if self.best else "the one that the training began with"
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Read a checkpoint from which a fit goes on.
 
         Args:
-            trainer (Trainer): Trainer at the start of its fit.
-            resumed (dict[str, Any] | None): What :meth:`save` wrote; the network holds that checkpoint's best student.
+            checkpoint (dict[str, Any]): Lightning's checkpoint.
+        """
+        self._resumed = checkpoint.get(CHECKPOINT_KEY)
+        if self._resumed is None and self.share and checkpoint["global_step"]:
+            rank_zero_warn(
+                "held_out_share: the checkpoint comes from a training that held no images out. The selection starts "
+                "now, on images that the student may have been trained on."
+            )
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Put the best student into the checkpoint's state dict, and what resuming needs beside it.
+
+        Args:
+            checkpoint (dict[str, Any]): Lightning's checkpoint, which is changed.
+        """
+        if self.students is None:
+            return
+        best = self.students.best_tensors()
+        checkpoint["state_dict"].update({STUDENT_PREFIX + name: tensor for name, tensor in best.items()})
+        checkpoint[CHECKPOINT_KEY] = {
+            "share": self.share,
+            "seed": self._split_seed,
+            "images": self._num_images,
+            "epoch": self.best and self.best.epoch,
+            "held_out_map": self.best and self.best.value,
+            "ema_decay": self.ema_decay,
+            "random_state": torch.get_rng_state(),
+            **self.students.state(),
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a fit before."""
+        del trainer, pl_module
+        if stage == TrainerFn.FITTING:
+            self.forget()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the held-out images out of the training, before Lightning asks for the loader.
 
         Raises:
-            ValueError: If images cannot be held out, or are not those of the checkpoint.
+            ValueError: If images cannot be held out, or settings are not those of the checkpoint that is resumed.
         """
-        self._world_size = trainer.world_size
+        resumed, self._resumed = self._resumed, None
+        if resumed:
+            self._check_settings(resumed)
+        if not self.share and self.ema_decay is None:
+            return
         if trainer.strategy.restore_checkpoint_after_setup:  # those that shard the model
             wanted = "a strategy that has the whole student in each process, such as ddp (or 0 to hold nothing out)"
             argument = "held_out_share" if self.share else "ema_decay"
             fail(ValueError, argument, wanted, type(trainer.strategy).__qualname__)
         if resumed:
-            self.seed = resumed["seed"]  # the same images as before
+            self._split_seed = resumed["seed"]  # the same images as before
         if self.share:
-            self._num_images, self.loader = hold_out(trainer, self.share, self.seed)
-        current = self.student.state_dict()
-        if self.ema_decay is not None:
-            # Running statistics are averaged like the weights: a copy would be that of other, newer features. timm's
-            # warm-up lets the decay grow from 0, so that the untrained student has no part in the average.
-            self._average = ModelEmaV3(self.student, self.ema_decay, use_warmup=True)
-            if resumed:
-                self._average.module.load_state_dict(resumed["average"])
-        if not resumed:
-            self._other = {name: tensor.clone() for name, tensor in current.items()}
-            return
-        if resumed["images"] != self._num_images:
+            self._num_images, self.loader = hold_out(trainer, self.share, self._split_seed)
+        if resumed and resumed["images"] != self._num_images:
             wanted = f"{resumed['images']} held-out images as in the checkpoint"
             fail(ValueError, "held_out_share", wanted, self._num_images)
-        self.history = [Measurement(*measurement) for measurement in resumed["history"]]
-        self._other = {name: resumed["student"][name].to(tensor.device) for name, tensor in current.items()}
-        self._best_in_network = True
-        self.show(best=False)
-        torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
+        model: Any = pl_module
+        network, several = model.model.student_model, trainer.world_size > 1
+        self.students = Students(network, bool(self.share), self.ema_decay, several, resumed)
+        if resumed:
+            torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of the steps before this fit."""
+        del pl_module
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the averaged student follow where a step was made."""
+        del pl_module, outputs, batch, batch_idx
+        if self.students and trainer.global_step > self._last_step:
+            self.students.update_average(trainer.global_step)
+        self._last_step = trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the student, and validate the best one."""
+        if self.students and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._measure(trainer, pl_module)
+            self.students.show(best=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the student in training."""
+        del pl_module
+        if self.students and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.students.show(best=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the student, unless a validation has since its last step.
+
+        Raises:
+            FloatingPointError: If the measurement is not finite.
+        """
+        if self.students:
+            self._measure(trainer, pl_module, prog_bar=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best student."""
+        del trainer, pl_module
+        self.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the best student, unless that takes the other processes, which may be elsewhere."""
+        if self.share or trainer.world_size == 1:
+            super().on_exception(trainer, pl_module, exception)
+
+    def release(self) -> None:
+        """Leave the best student in the network, and let go of the images."""
+        if self.students:
+            self.students.show(best=True)
+        self.loader = None
+
+    def _check_settings(self, resumed: dict[str, Any]) -> None:
+        """Raise an error unless the fit goes on with the settings that it began with."""
+        for argument, before, now in (
+            ("held_out_share", resumed["share"], self.share),
+            ("ema_decay", resumed.get("ema_decay"), self.ema_decay),
+        ):
+            if before != now:
+                fail(ValueError, argument, f"{before} as in the checkpoint", now)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, prog_bar: bool = False) -> None:
+        """Measure the student, unless no step was made since the last time, and log the result."""
+        if not (self.students and self.share):
+            return
+        if not self.history or self.history[-1].step != trainer.global_step:
+            with self.students.measuring():
+                value = self._mean_map(trainer, pl_module)
+                if not math.isfinite(value):
+                    got = f"a mean anomaly map of the held-out images of {value}"
+                    fail_as_diverged(got, where(trainer), self.describe_kept())
+                self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value))
+        pl_module.log("held_out_map", self.history[-1].value, prog_bar=prog_bar, sync_dist=True)
 
     @torch.no_grad()
-    def measure(self, trainer: Trainer, module: AnomalibModule) -> float:
-        """Compute the mean anomaly map of all held-out images, and keep this student if it is the best so far.
-
-        Every process measures its share of the images, and all get the same result. Nothing is computed where no step
-        was made since the last time.
-
-        Args:
-            trainer (Trainer): Trainer in its fit.
-            module (AnomalibModule): Model whose student is in training.
-
-        Returns:
-            float: The mean; where it is not finite, the student is not among those to choose from.
-        """
-        if self.history and self.history[-1].step == trainer.global_step:
-            return self.history[-1].value
-        with self.averaged():
-            return self._measure(trainer, module)
-
-    def _measure(self, trainer: Trainer, module: AnomalibModule) -> float:
-        self._take_first_statistics()
+    def _mean_map(self, trainer: Trainer, module: AnomalibModule) -> float:
+        """Compute the mean anomaly map of all held-out images; every process has a share, and all get the result."""
         training, precision = module.model.training, trainer.precision_plugin
         module.model.eval()
         sum_and_count = torch.zeros(2, dtype=torch.float64)
@@ -138,93 +256,7 @@ class StudentSelection:
         module.model.train(training)
         if trainer.world_size > 1:
             sum_and_count = trainer.strategy.reduce(sum_and_count.to(module.device), reduce_op="sum")
-        value = (sum_and_count[0] / sum_and_count[1]).item()
-
-        if math.isfinite(value):
-            if self.best is None or value < self.best.value:
-                _copy(self.student.state_dict(), self._other)
-            self.history.append(Measurement(trainer.current_epoch, trainer.global_step, value))
-        return value
-
-    def update_average(self, step: int) -> None:
-        """Let the average, if there is one, follow the student in training.
-
-        Args:
-            step (int): Number of the training step that was made, from 1.
-        """
-        if self._average is not None:
-            self._average.update(self.student, step)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Have the averaged student in the network in place of the one in training; without average, change nothing."""
-        average = {} if self._average is None else self._average.module.state_dict()
-        self._swap(average)
-        try:
-            yield
-        finally:
-            self._swap(average)
-
-    @torch.no_grad()
-    def show(self, best: bool) -> None:
-        """Put the best student or the one in training into the network; keep the other.
-
-        Args:
-            best (bool): Which of the two. Before the first measurement, the best is the one that the fit began with.
-        """
-        if best == self._best_in_network:
-            return
-        if best and not self.share and self._average is not None:
-            _copy(self._average.module.state_dict(), self._other)
-        self._swap(self._other)
-        self._best_in_network = best
-        if best and not self.share:
-            self._take_first_statistics()
-
-    def finish(self) -> None:
-        """Leave the best student in the network, and let go of the images."""
-        self.show(best=True)
-        self.loader = None
-
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Put the best student into the checkpoint's state dict, and the one in training beside it.
-
-        Args:
-            checkpoint (dict[str, Any]): Lightning's checkpoint, which is changed.
-        """
-        average = None if self._average is None else self._average.module.state_dict()
-        in_training: dict[str, torch.Tensor] = self._other
-        if not self._best_in_network:
-            in_training = self.student.state_dict()
-            best = (average or in_training) if self.best is None else self._other
-            checkpoint["state_dict"].update({STUDENT_PREFIX + name: tensor for name, tensor in best.items()})
-        checkpoint[CHECKPOINT_KEY] = {
-            "share": self.share,
-            "seed": self.seed,
-            "images": self._num_images,
-            "epoch": self.best and self.best.epoch,
-            "held_out_map": self.best and self.best.value,
-            "history": [tuple(measurement) for measurement in self.history],
-            "student": dict(in_training),
-            "ema_decay": self.ema_decay,
-            "average": average,
-            "random_state": torch.get_rng_state(),
-        }
-
-    @torch.no_grad()
-    def _swap(self, other: dict[str, torch.Tensor]) -> None:
-        """Exchange tensors of the network with others."""
-        network = self.student.state_dict()
-        for name, tensor in other.items():
-            shown = network[name].clone()
-            network[name].copy_(tensor)
-            tensor.copy_(shown)
-
-    def _take_first_statistics(self) -> None:
-        """Take the first process's running statistics, as DDP does before each step."""
-        if self._world_size > 1:
-            for buffer in self.student.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        return float(sum_and_count[0] / sum_and_count[1])
 
 
 def check_decay(decay: float | None) -> None:
@@ -244,27 +276,3 @@ def check_decay(decay: float | None) -> None:
         fail(TypeError, "ema_decay", wanted, repr(decay))
     if not 0 < decay < 1:
         fail(ValueError, "ema_decay", wanted, decay)
-
-
-def check_resumed(resumed: dict[str, Any], share: float, ema_decay: float | None) -> None:
-    """Check that a fit goes on with the settings that it began with.
-
-    Args:
-        resumed (dict[str, Any]): What :meth:`StudentSelection.save` wrote.
-        share (float): Share of held-out images.
-        ema_decay (float | None): Decay of the average.
-
-    Raises:
-        ValueError: If one of them is another.
-    """
-    for argument, before, now in (
-        ("held_out_share", resumed["share"], share),
-        ("ema_decay", resumed.get("ema_decay"), ema_decay),
-    ):
-        if before != now:
-            fail(ValueError, argument, f"{before} as in the checkpoint", now)
-
-
-def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
-    for name, tensor in source.items():
-        target[name].copy_(tensor)

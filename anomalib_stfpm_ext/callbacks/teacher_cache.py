@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Subset
 
 from ..errors import fail
-from .allocator import HeldForFit
+from .held_for_fit import HeldForFit
 
 Features = dict[str, torch.Tensor]
 CacheLocation = Literal["auto", "memory", "disk"]
@@ -89,7 +89,7 @@ class TeacherCache(HeldForFit):
             if self.location == "auto" and trainer.strategy.root_device.type != "cpu":
                 return  # a GPU would fetch the features from here, which nobody has measured
             model: Any = pl_module
-            held_out = model.choice and model.choice.loader
+            held_out = model.student_selection.loader
             _check_transform("pre_processor", getattr(model.pre_processor, "transform", None))
             self._num_images = sum(map(_count_images, [trainer.train_dataloader, *([held_out] if held_out else [])]))
             self._num_processes = trainer.num_devices  # those on this machine

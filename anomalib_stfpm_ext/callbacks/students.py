@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The students of one fit: the one in training, the best so far, and the averaged one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+
+class Measurement(NamedTuple):
+    """Mean anomaly map of the held-out images under one student."""
+
+    epoch: int
+    step: int
+    value: float
+
+
+class Students:
+    """Two students are alive during a fit: the one in training and the best so far.
+
+    One of them is in the network, the tensors of the other are here. With an exponential moving average there is a
+    third, the averaged one, and it is the one that is measured and becomes the best.
+
+    Args:
+        network (nn.Module): The network, with the student in training.
+        measured (bool): Whether students are measured; otherwise the averaged one counts as the best.
+        ema_decay (float | None): Decay of the average; ``None`` for no average.
+        synchronised (bool): Whether running statistics are those of the first of several processes.
+        resumed (dict[str, Any] | None): What :meth:`state` returned, if the fit goes on from a checkpoint. The network
+            holds that checkpoint's best student, and gets the one in training.
+
+    Attributes:
+        history (list[Measurement]): What was measured, in this order.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        measured: bool,
+        ema_decay: float | None,
+        synchronised: bool,
+        resumed: dict[str, Any] | None = None,
+    ) -> None:
+        self._network, self._measured, self._synchronised = network, measured, synchronised
+        self.history: list[Measurement] = []
+        self._average: ModelEmaV3 | None = None
+        current = network.state_dict()
+        if ema_decay is not None:
+            # Running statistics are averaged like the weights: a copy would be that of other, newer features. timm's
+            # warm-up lets the decay grow from 0, so that the untrained student has no part in the average.
+            self._average = ModelEmaV3(network, ema_decay, use_warmup=True)
+            if resumed:
+                self._average.module.load_state_dict(resumed["average"])
+        self._best_in_network = resumed is not None
+        if resumed is None:
+            self._other = {name: tensor.clone() for name, tensor in current.items()}
+            return
+        self.history = [Measurement(*measurement) for measurement in resumed["history"]]
+        self._other = {name: resumed["student"][name].to(tensor.device) for name, tensor in current.items()}
+        self.show(best=False)
+
+    @property
+    def best(self) -> Measurement | None:
+        """The lowest measurement, the earliest of equals; ``None`` before the first."""
+        return min(self.history, key=lambda measurement: measurement.value, default=None)
+
+    def add(self, measurement: Measurement) -> None:
+        """Note a measurement of the student in the network, and keep that student if it is the best so far."""
+        if self.best is None or measurement.value < self.best.value:
+            _copy(self._network.state_dict(), self._other)
+        self.history.append(measurement)
+
+    def update_average(self, step: int) -> None:
+        """Let the average, if there is one, follow the student in training.
+
+        Args:
+            step (int): Number of the training step that was made, from 1.
+        """
+        if self._average is not None:
+            self._average.update(self._network, step)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Have the student that is measured in the network: the averaged one, or without average the one in training.
+
+        Of several processes, it has the first one's running statistics.
+        """
+        average = {} if self._average is None else self._average.module.state_dict()
+        self._swap(average)
+        try:
+            self._take_first_statistics()
+            yield
+        finally:
+            self._swap(average)
+
+    @torch.no_grad()
+    def show(self, best: bool) -> None:
+        """Put the best student or the one in training into the network; keep the other.
+
+        Args:
+            best (bool): Which of the two. Before the first measurement, the best is the one that the fit began with.
+        """
+        if best == self._best_in_network:
+            return
+        if best and not self._measured and self._average is not None:
+            _copy(self._average.module.state_dict(), self._other)
+        self._swap(self._other)
+        self._best_in_network = best
+        if best and not self._measured:
+            self._take_first_statistics()
+
+    def state(self) -> dict[str, Any]:
+        """Return what resuming needs: the history, the student in training, and the averaged one or ``None``."""
+        return {
+            "history": [tuple(measurement) for measurement in self.history],
+            "student": dict(self._other if self._best_in_network else self._network.state_dict()),
+            "average": None if self._average is None else self._average.module.state_dict(),
+        }
+
+    def best_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the best student by name."""
+        if self._best_in_network:
+            return dict(self._network.state_dict())
+        if self.best is not None:
+            return self._other
+        return dict((self._network if self._average is None else self._average.module).state_dict())
+
+    @torch.no_grad()
+    def _swap(self, other: dict[str, torch.Tensor]) -> None:
+        """Exchange tensors of the network with others."""
+        network = self._network.state_dict()
+        for name, tensor in other.items():
+            shown = network[name].clone()
+            network[name].copy_(tensor)
+            tensor.copy_(shown)
+
+    def _take_first_statistics(self) -> None:
+        """Take the first process's running statistics, as DDP does before each step."""
+        if self._synchronised:
+            for buffer in self._network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
