@@ -7,14 +7,11 @@ No file is unpickled with code in it. What is read is a :class:`StfpmExt`; :func
 """
 
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import lightning
 import torch
 import torchvision
@@ -69,7 +66,7 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) 
 
 
 def read_anomalib_checkpoint(
-    path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None
+    path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None, argument: str = "path"
 ) -> StfpmExt:
     """Read a checkpoint of anomalib's ``Stfpm``.
 
@@ -80,6 +77,7 @@ def read_anomalib_checkpoint(
         path (str | Path): The checkpoint.
         backbone (str | None): The backbone, for a checkpoint that does not name it. Defaults to ``None``.
         layers (Sequence[str] | None): The layers, likewise. Defaults to ``None``.
+        argument (str): What the caller's errors call the path. Defaults to ``"path"``.
 
     Returns:
         StfpmExt: The model, teacher included.
@@ -89,10 +87,12 @@ def read_anomalib_checkpoint(
         FileNotFoundError: If the checkpoint does not exist.
         ValueError: If it cannot be read, holds another model, or contradicts ``backbone`` or ``layers``.
     """
-    return _read_checkpoint("path", path, backbone, layers)
+    return _read_checkpoint(argument, path, backbone, layers)
 
 
-def write_authors_student(model: StfpmExt | str | Path, path: str | Path, category: str = "") -> None:
+def write_authors_student(
+    model: StfpmExt | str | Path, path: str | Path, category: str = "", argument: str = "model"
+) -> None:
     """Write a student so that the authors' code reads it.
 
     The file has a ``layer4`` because the authors' code insists on one; it computes and ignores it. Ours is freshly
@@ -103,6 +103,7 @@ def write_authors_student(model: StfpmExt | str | Path, path: str | Path, catego
         model (StfpmExt | str | Path): The model, or a checkpoint of it or of anomalib's ``Stfpm``.
         path (str | Path): The file to write. Its folder is made if need be.
         category (str): The category that the file names. Defaults to ``""``.
+        argument (str): What the caller's errors call the model. Defaults to ``"model"``.
 
     Raises:
         TypeError: If ``model`` is neither model nor path, ``path`` is no path, or ``category`` is no string.
@@ -114,11 +115,11 @@ def write_authors_student(model: StfpmExt | str | Path, path: str | Path, catego
         msg = f"category: wanted a name, got {type(category).__qualname__}"
         raise TypeError(msg)
     if not isinstance(model, StfpmExt):
-        model = _read_checkpoint("model", model)
+        model = _read_checkpoint(argument, model)
     student = model.model.student_model
     if student.backbone.partition(".")[0] != "resnet18" or sorted(student.layers) != _AUTHORS_LAYERS:
         msg = (
-            f"model: the authors' code wants 'resnet18' with layers {_AUTHORS_LAYERS}, "
+            f"{argument}: the authors' code wants 'resnet18' with layers {_AUTHORS_LAYERS}, "
             f"got {student.backbone!r} with {student.layers}"
         )
         raise ValueError(msg)
@@ -230,73 +231,3 @@ def _agree(argument: str, given: Any, stored: Any, path: str | Path) -> Any:
         msg = f"{argument}: {str(path)!r} says {stored!r}, got {given!r}"
         raise ValueError(msg)
     return given if stored is None else stored
-
-
-def convert_from_authors(student: Path, checkpoint: Path, teacher_weights: bool | Path = True) -> None:
-    """Turn a student of the authors' code into a checkpoint of StfpmExt.
-
-    Args:
-        student: The file that the authors' code saved, best.pth.tar.
-        checkpoint: The checkpoint to write.
-        teacher_weights: File with torchvision's weights of ResNet18, or true for those from cache or internet.
-    """
-    _report(read_authors_student(student, teacher_weights), checkpoint)
-
-
-def convert_from_anomalib(
-    source: Path, checkpoint: Path, backbone: str | None = None, layers: list[str] | None = None
-) -> None:
-    """Turn a checkpoint of anomalib's Stfpm into one of StfpmExt.
-
-    Args:
-        source: The checkpoint of Stfpm.
-        checkpoint: The checkpoint to write.
-        backbone: The backbone, for a checkpoint that does not name it.
-        layers: The layers, likewise.
-    """
-    _report(read_anomalib_checkpoint(source, backbone, layers), checkpoint)
-
-
-def convert_to_authors(source: Path, student: Path, category: str = "") -> None:
-    """Write the student of a checkpoint of StfpmExt, or of anomalib's Stfpm, for the authors' code.
-
-    Args:
-        source: The checkpoint.
-        student: The file to write, snapshots/CATEGORY/best.pth.tar for them.
-        category: The category that the file names.
-    """
-    write_authors_student(source, student, category)
-    print(f"wrote {student}")
-
-
-def _report(model: StfpmExt, checkpoint: Path) -> None:
-    save_checkpoint(model, checkpoint)
-    backbone, layers = model.model.teacher_model.backbone, ",".join(model.model.teacher_model.layers)
-    print(
-        f'wrote {checkpoint}; give anomalib: --model StfpmExt --model.backbone {backbone} --model.layers "[{layers}]" '
-        f"--model.combine_at {model.model.combine_at} --model.teacher_weights false "
-        f"--ckpt_path {shlex.quote(str(checkpoint))}"
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
-    """
-    commands: dict[str, Any] = {
-        "read-authors": convert_from_authors,
-        "read-anomalib": convert_from_anomalib,
-        "write-authors": convert_to_authors,
-    }
-    try:
-        jsonargparse.CLI(  # type: ignore[no-untyped-call]  # auto_cli, its newer name, is not in all that anomalib takes
-            commands, arguments, prog="python -m anomalib_stfpm_ext.convert"
-        )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 """Students of the authors' code and checkpoints of anomalib's Stfpm, there and back; what the bridges refuse."""
 
 import pickle
-import runpy
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from torch.nn.functional import interpolate, normalize
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.convert import main, read_anomalib_checkpoint, read_authors_student, write_authors_student
+from anomalib_stfpm_ext.cli import main
+from anomalib_stfpm_ext.convert import read_anomalib_checkpoint, read_authors_student, write_authors_student
 
 LAYERS = ["layer1", "layer2", "layer3"]
 OTHER = {"backbone": "tf_efficientnet_lite0", "layers": ["blocks.4", "blocks.1"]}
@@ -216,16 +216,20 @@ def test_backbones_that_anomalib_compares_along_the_wrong_axis(tmp_path):
         read_anomalib_checkpoint(tmp_path / "model.ckpt")
 
 
+def command(task: str, **options) -> None:
+    main(["convert", task, *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
+
+
 @pytest.mark.usefixtures("no_internet")
 def test_command_lines(authors_file, student, resnet18_weights, tmp_path, capsys):
     checkpoint = tmp_path / "new" / "authors.ckpt"
-    main(["read-authors", str(authors_file), str(checkpoint), "--teacher_weights", str(resnet18_weights)])
+    command("from-authors", student=authors_file, output=checkpoint, teacher_weights=resnet18_weights)
     assert f"--ckpt_path {checkpoint}" in capsys.readouterr().out
     features = torch.randn(1, 3, 64, 64)
     expected = read_authors_student(authors_file, resnet18_weights).eval()(features)
     assert torch.equal(StfpmExt.load_from_checkpoint(checkpoint).eval()(features).anomaly_map, expected.anomaly_map)
 
-    main(["write-authors", str(checkpoint), str(tmp_path / "best.pth.tar"), "--category", "bottle"])
+    command("to-authors", checkpoint=checkpoint, output=tmp_path / "best.pth.tar", category="bottle")
     content = torch.load(tmp_path / "best.pth.tar", weights_only=True)
     assert content["category"] == "bottle"
     assert torch.equal(content["state_dict"]["model.6.1.bn2.bias"], student.state_dict()["model.6.1.bn2.bias"])
@@ -233,15 +237,15 @@ def test_command_lines(authors_file, student, resnet18_weights, tmp_path, capsys
     theirs = anomalib_checkpoint(tmp_path / "stfpm.ckpt", backbone="test_resnet", layers=["layer3", "layer1"])
     bare = tmp_path / "bare.ckpt"
     torch.save({"state_dict": theirs.state_dict()}, bare)
-    main(["read-anomalib", str(tmp_path / "stfpm.ckpt"), str(tmp_path / "ours.ckpt")])
-    main(["read-anomalib", str(bare), str(bare), "--backbone", "test_resnet", "--layers", "[layer1,layer3]"])
+    command("from-anomalib", checkpoint=tmp_path / "stfpm.ckpt", output=tmp_path / "ours.ckpt")
+    command("from-anomalib", checkpoint=bare, output=bare, backbone="test_resnet", layers="[layer1,layer3]")
     capsys.readouterr()
     for path in ("ours.ckpt", "bare.ckpt"):
         ours = StfpmExt.load_from_checkpoint(tmp_path / path).eval()
         torch.testing.assert_close(ours(features).pred_score, theirs(features).pred_score)
 
-    with pytest.raises(SystemExit, match=r"FileNotFoundError: path: .*absent.ckpt"):
-        main(["read-anomalib", str(tmp_path / "absent.ckpt"), str(tmp_path / "out.ckpt")])
+    with pytest.raises(SystemExit, match=r"FileNotFoundError: checkpoint: .*absent.ckpt"):
+        command("from-anomalib", checkpoint=tmp_path / "absent.ckpt", output=tmp_path / "out.ckpt")
     assert not (tmp_path / "out.ckpt").exists()
 
 
@@ -250,13 +254,11 @@ def test_stock_anomalib_predicts_with_what_was_read(images, tmp_path, capsys, mo
     """The options that the bridge prints, given as they are."""
     anomalib_checkpoint(tmp_path / "stfpm.ckpt", backbone="test_resnet", layers=["layer1", "layer3"])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bridges", "read-anomalib", "stfpm.ckpt", "ours.ckpt"])
-    monkeypatch.delitem(sys.modules, "anomalib_stfpm_ext.convert")
-    runpy.run_module("anomalib_stfpm_ext.convert", run_name="__main__")  # what python -m does
+    command("from-anomalib", checkpoint="stfpm.ckpt", output="ours.ckpt")
     options = capsys.readouterr().out.partition("give anomalib: ")[2]
-    command = [str(Path(sys.executable).with_name("anomalib")), "predict", *shlex.split(options), "--data"]
+    predict = [str(Path(sys.executable).with_name("anomalib")), "predict", *shlex.split(options), "--data"]
     result = subprocess.run(
-        [*command, str(images / "bad")], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [*predict, str(images / "bad")], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert len(list(tmp_path.glob("results/**/*.png"))) == 4

@@ -3,6 +3,8 @@
 """The command ``stfpm-ext``: its subcommands, their options and errors."""
 
 import csv
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -83,7 +85,10 @@ def test_convert_there_and_back(checkpoint, tmp_path):
     ("command", "error"),
     [
         (["watch", "--checkpoint", "no.ckpt", "--folder", "."], "FileNotFoundError: checkpoint: wanted a checkpoint"),
-        (["convert", "to-authors", "--checkpoint", "no.ckpt", "--output", "o"], "FileNotFoundError: model: wanted"),
+        (
+            ["convert", "to-authors", "--checkpoint", "no.ckpt", "--output", "o"],
+            "FileNotFoundError: checkpoint: wanted",
+        ),
         (["draw", "levels", "--checkpoint", "no.ckpt", "--images", ".", "--output", "o"], "FileNotFoundError"),
         (["reproduce", "--data", "MVTecAD", "--root", "nowhere"], "FileNotFoundError: root: wanted the folder"),
     ],
@@ -92,3 +97,37 @@ def test_errors_are_one_line(command, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=error):
         main(command)
+
+
+def test_completion_knows_the_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print_shtab", "bash"])
+    script = capsys.readouterr().out
+    assert all(name in script for name in ("info", "watch", "from-anomalib", "histogram", "--teacher_weights"))
+
+
+def test_lists_are_lists(tmp_path):
+    """The categories are looked for before the seeds are used, so both have been read."""
+    (tmp_path / "bottle" / "train" / "good").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "bottle" / "train" / "good" / "0.png")
+    options = ["--data", "MVTecAD", "--root", str(tmp_path), "--seeds", "[0,1]", "--categories", "[bottle,pill]"]
+    with pytest.raises(SystemExit, match=r"ValueError: categories: wanted some of bottle, .* got pill"):
+        main(["reproduce", *options])
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "place"),
+    [
+        ("bridges", ["write-authors", "{checkpoint}", "{output}"], "stfpm-ext convert"),
+        ("pictures", ["levels", "{checkpoint}", "{folder}", "{output}"], "stfpm-ext draw"),
+    ],
+)
+def test_former_commands_work_and_name_the_new_ones(module, arguments, place, checkpoint, folder, tmp_path):
+    output = tmp_path / "output"
+    given = [argument.format(checkpoint=checkpoint, folder=folder, output=output) for argument in arguments]
+    command = [sys.executable, "-m", f"anomalib_stfpm_ext.{module}", *given]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "FutureWarning" in result.stderr
+    assert place in result.stderr
+    assert output.exists()

@@ -10,8 +10,9 @@ from PIL import Image
 from skimage.draw import disk
 
 from anomalib_stfpm_ext import StfpmExt, visualization
+from anomalib_stfpm_ext.cli import main
 from anomalib_stfpm_ext.convert import save_checkpoint
-from anomalib_stfpm_ext.visualization import LevelMaps, draw_histogram, draw_levels, main, measure_levels, raw_threshold
+from anomalib_stfpm_ext.visualization import LevelMaps, draw_histogram, draw_levels, measure_levels, raw_threshold
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,10 @@ def test_histogram_refuses_what_has_no_logarithm(scores):
         draw_histogram(torch.tensor(scores), torch.tensor([0, 1]))
 
 
+def draw(task: str, **options) -> None:
+    main(["draw", task, *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
+
+
 def test_level_command(checkpoint, images, tmp_path):
     few = tmp_path / "images"
     for name in ("bad/0.png", "bad/1.png", "good/0.png"):
@@ -146,7 +151,7 @@ def test_level_command(checkpoint, images, tmp_path):
         mask = np.zeros((48, 64), np.uint8)
         mask[disk((20, 30), 10)] = 255
         Image.fromarray(mask).save(masks / name)
-    main(["levels", str(checkpoint), str(few), str(tmp_path / "levels"), "--masks", str(tmp_path / "masks")])
+    draw("levels", checkpoint=checkpoint, images=few, output=tmp_path / "levels", masks=tmp_path / "masks")
     drawn = {path.relative_to(tmp_path / "levels"): Image.open(path) for path in (tmp_path / "levels").rglob("*.png")}
     assert set(drawn) == {path.relative_to(few) for path in few.rglob("*.png")}
     wide = {str(name) for name, picture in drawn.items() if picture.width == max(p.width for p in drawn.values())}
@@ -155,7 +160,7 @@ def test_level_command(checkpoint, images, tmp_path):
 
 def test_histogram_command(checkpoint, images, tmp_path):
     file = tmp_path / "new" / "histogram.png"
-    main(["histogram", str(checkpoint), str(images / "good_test"), str(images / "bad"), str(file)])
+    draw("histogram", checkpoint=checkpoint, good=images / "good_test", defective=images / "bad", output=file)
     colours = np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3).astype(int)
     assert (colours[:, 2] > colours[:, 0] + 30).any()  # blue
     assert (colours[:, 0] > colours[:, 2] + 30).any()  # red
@@ -165,21 +170,17 @@ def test_errors_of_the_commands(checkpoint, images, tmp_path, tmp_path_factory):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     broken = tmp_path_factory.mktemp("broken")
     (broken / "x.png").write_bytes((images / "bad" / "0.png").read_bytes()[:200])
-    for wrong, message in (
-        (["levels", tmp_path / "none.ckpt", images, tmp_path], "FileNotFoundError: checkpoint: wanted a checkpoint"),
-        (["levels", tmp_path / "text.ckpt", images, tmp_path], "ValueError: checkpoint: .* cannot be read"),
-        (["levels", checkpoint, tmp_path, tmp_path / "out"], "ValueError: images: wanted a folder with images"),
-        (["levels", checkpoint, images / "bad", images / "bad"], "ValueError: output: wanted a folder that does not"),
-        (["levels", checkpoint, images / "bad", images], "ValueError: output: wanted a folder that does not hold"),
-        (
-            ["levels", checkpoint, broken, tmp_path / "out"],
-            r"ValueError: images: wanted images that can be read, got .*x.png",
-        ),
-        (
-            ["levels", checkpoint, images / "bad", tmp_path / "out", "--masks", images],
-            "ValueError: masks: wanted masks of images",
-        ),
-        (["histogram", checkpoint, images, tmp_path / "no", tmp_path / "a.png"], "ValueError: defective: wanted"),
+    out = tmp_path / "out"
+    for options, message in (
+        ({"checkpoint": tmp_path / "none.ckpt"}, "FileNotFoundError: checkpoint: wanted a checkpoint"),
+        ({"checkpoint": tmp_path / "text.ckpt"}, "ValueError: checkpoint: .* cannot be read"),
+        ({"images": tmp_path}, "ValueError: images: wanted a folder with images"),
+        ({"output": images / "bad"}, "ValueError: output: wanted a folder that does not"),
+        ({"output": images}, "ValueError: output: wanted a folder that does not hold"),
+        ({"images": broken}, r"ValueError: images: wanted images that can be read, got .*x.png"),
+        ({"masks": images}, "ValueError: masks: wanted masks of images"),
     ):
         with pytest.raises(SystemExit, match=message):
-            main([str(option) for option in wrong])
+            draw("levels", **{"checkpoint": checkpoint, "images": images / "bad", "output": out, **options})
+    with pytest.raises(SystemExit, match="ValueError: defective: wanted"):
+        draw("histogram", checkpoint=checkpoint, good=images, defective=tmp_path / "no", output=tmp_path / "a.png")

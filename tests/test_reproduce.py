@@ -22,7 +22,9 @@ from torchmetrics.functional.classification import binary_auroc
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resize
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.reproduce import PUBLISHED, main, make_table, measure, rescaled_pro, to_markdown
+from anomalib_stfpm_ext.cli import main
+from anomalib_stfpm_ext.metrics import measure, rescaled_pro
+from anomalib_stfpm_ext.reproduce.tables import PUBLISHED, make_table, to_markdown
 from anomalib_stfpm_ext.visualization import pick
 
 
@@ -46,7 +48,7 @@ def visa(tmp_path):
 
 def command(root: Path, output: Path, *options: object, data: str = "MVTecAD") -> None:
     given = ["--data", data, "--root", root, "--output", output, "--max_epochs", 1, "--lr", 0.1, *options]
-    main([str(option) for option in given])
+    main(["reproduce", *map(str, given)])
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +249,7 @@ def test_visa_as_published(visa, small, tmp_path):
             "root: wanted the folder of Visa, with visa_pytorch/CATEGORY/.* or split_csv/1cls.csv, got",
         ),
         (["--categories", "bottle,bottel"], "categories: wanted some of bottle, pill, which are in .*, got bottel"),
-        (["--seeds", "0,one"], "seeds: wanted whole numbers with commas between, got 0,one"),
+        (["--seeds", "0,one"], "seeds: wanted whole numbers, as in .0,1,2., got 0,one"),
         (["--max_epochs", 0], "max_epochs: wanted at least 1, got 0"),
         (["--devices", 0], "devices: wanted 1 to .*, got 0"),
         (["--workers", -1], "workers: wanted at least 0, got -1"),

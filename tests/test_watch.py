@@ -23,8 +23,9 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.cli.handler import run_command
 from anomalib_stfpm_ext.convert import save_checkpoint
-from anomalib_stfpm_ext.watch import main
+from anomalib_stfpm_ext.watch import make_parser, run
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def folder(images, tmp_path):
 
 def watch(checkpoint: Path, folder: Path, *options: object) -> None:
     given = [checkpoint, folder, "--csv", folder.parent / "scores.csv", "--interval", 0.05, "--patience", 0, *options]
-    main([str(option) for option in given])
+    run_command(make_parser(positional=True), run, [str(option) for option in given])
 
 
 def rows(folder: Path) -> dict[str, dict[str, str]]:
@@ -163,7 +164,7 @@ def test_file_that_is_being_written_is_waited_for(checkpoint, folder, capsys, mo
             file.write(next(parts, b""))
 
     write(0)
-    monkeypatch.setattr("anomalib_stfpm_ext.watch.time.sleep", write)
+    monkeypatch.setattr("anomalib_stfpm_ext.watch.service.time.sleep", write)
     watch(checkpoint, folder, "--once", "--patience", 60)
     assert next(parts, None) is None
     row = rows(folder)["slow.png"]
@@ -181,7 +182,7 @@ def test_file_that_changes_while_it_is_read_is_read_again(checkpoint, folder, mo
             shutil.copyfile(other, victim)
         return image
 
-    monkeypatch.setattr("anomalib_stfpm_ext.watch.read_image", read_and_replace)
+    monkeypatch.setattr("anomalib_stfpm_ext.watch.service.read_image", read_and_replace)
     watch(checkpoint, folder, "--once")
     assert rows(folder)["bad/0.png"]["score"] == rows(folder)["bad/1.png"]["score"]
 
@@ -248,8 +249,9 @@ def test_bad_arguments(checkpoint, folder, tmp_path):
         ([checkpoint, folder, "--interval", "0"], "ValueError: interval: wanted more than 0"),
         ([checkpoint, folder, "--patience", "-1"], "ValueError: patience: wanted at least 0"),
     ):
+        table = [] if "--csv" in wrong else ["--csv", str(tmp_path / "new.csv")]
         with pytest.raises(SystemExit, match=message):
-            main([*map(str, wrong), "--once", *([] if "--csv" in wrong else ["--csv", str(tmp_path / "new.csv")])])
+            run_command(make_parser(positional=True), run, [*map(str, wrong), "--once", *table])
     assert (tmp_path / "diary.csv").read_text() == "dear diary"
 
 

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The end of a command: an error is one line, without a traceback."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jsonargparse
+
+from ..watch.messages import printable
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """End the process with one line where an argument, a file or the machine is to blame."""
+    try:
+        yield
+    except (OSError, RuntimeError, TypeError, ValueError, FloatingPointError) as error:
+        sys.exit(printable(f"{type(error).__name__}: {error}"))
+
+
+def run_command(
+    parser: jsonargparse.ArgumentParser, run: Callable[[dict[str, Any]], None], arguments: list[str] | None = None
+) -> None:
+    """Run a command that has a parser of its own.
+
+    Args:
+        parser (jsonargparse.ArgumentParser): The parser.
+        run (Callable[[dict[str, Any]], None]): Takes what was given, by name.
+        arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
+    """
+    given = parser.parse_args(arguments).as_dict()
+    with ending_in_one_line():
+        run(given)

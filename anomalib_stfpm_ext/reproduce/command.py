@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command: arguments are checked, and the runs that are still to be done are made, side by side on GPUs."""
+
+import inspect
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
+from anomalib.pipelines.components.runners.parallel import ParallelExecutionError
+from anomalib.pipelines.components.runners.serial import SerialExecutionError
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ..errors import fail
+from ..lightning_model import StfpmExt
+from .datasets import find_categories
+from .runs import Plan, ReproduceJobGenerator
+from .tables import write_tables
+
+
+def reproduce(
+    data: Literal["MVTecAD", "Visa"],
+    root: Path,
+    model: dict[str, Any],
+    categories: list[str] | str | None = None,
+    seeds: list[int] | str | None = None,
+    max_epochs: int = 100,
+    output: Path | None = None,
+    devices: int | None = None,
+    workers: int | None = None,
+) -> None:
+    """Train and evaluate StfpmExt on MVTec AD or VisA, at 256x256 and on raw scores, and tabulate it.
+
+    Args:
+        data: The data set, by the name of anomalib's data module.
+        root: Its folder, in any layout that the data module reads.
+        model: Arguments of StfpmExt.
+        categories: Some of its categories, as in [bottle,pill]. Defaults to all that are there.
+        seeds: Seeds of the runs, as in [0,1,2]. Defaults to seed 0.
+        max_epochs: Epochs to train. Defaults to the paper's 100.
+        output: Folder of the results. Defaults to results/reproduce/ and the name of the data set.
+        devices: Runs that go on at the same time, each on a GPU of its own. Defaults to the number of GPUs; 1 if none.
+        workers: Processes that load the images of one run. Defaults to its share of the processor cores, up to 8.
+
+    Raises:
+        FileNotFoundError: If the folder of the data set or the file of weights does not exist.
+        ValueError: If an argument is out of range, a category is missing or incomplete, or the output folder holds
+            results of other settings.
+        RuntimeError: If a run fails; the others are made all the same.
+    """
+    num_gpus = torch.cuda.device_count()
+    devices = max(num_gpus, 1) if devices is None else devices
+    if not 1 <= devices <= (num_gpus or len(os.sched_getaffinity(0))):
+        fail(ValueError, "devices", f"1 to {num_gpus} GPUs" if num_gpus else "1 to the number of cores", devices)
+    if max_epochs < 1:
+        fail(ValueError, "max_epochs", "at least 1", max_epochs)
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)) // devices)
+    if workers < 0:
+        fail(ValueError, "workers", "at least 0", workers)
+    if isinstance(seeds, str):  # version 0.1 had 0,1,2 without brackets
+        if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+            fail(ValueError, "seeds", "whole numbers, as in [0,1,2]", seeds)
+        seeds = [int(seed) for seed in seeds.split(",")]
+    seeds = list(dict.fromkeys(seeds or [0]))  # two processes must not share a run
+    if isinstance(categories, str):
+        categories = [] if categories == "all" else [category.strip() for category in categories.split(",")]
+    if model["teacher_weights"] is False:
+        fail(ValueError, "teacher_weights", "true or a file of weights", False)
+    output = output or Path("results/reproduce") / data
+    found = find_categories(data, root, categories or [])
+    StfpmExt(**model)  # so that wrong weights are one error now, and those of the internet are fetched once
+    plan = Plan(data, root, output, found, model, max_epochs, workers)
+    plan.claim_output()
+
+    generator = ReproduceJobGenerator()
+    runner = SerialRunner(generator) if devices == 1 else ParallelRunner(generator, n_jobs=devices)
+    try:
+        runner.run({"plan": plan, "seeds": seeds})
+    except (SerialExecutionError, ParallelExecutionError) as error:
+        failed = [f"{job.category} with seed {job.seed}" for job in generator({"plan": plan, "seeds": seeds})]
+        msg = f"no results of {', '.join(failed)}, for reasons told above; the same command tries only them again"
+        raise RuntimeError(msg) from error
+    finally:
+        write_tables(data, output)
+    print((output / "results.md").read_text(encoding="utf-8"))
+    print(f"Tables, checkpoints and contact sheets are in {output}")
+
+
+def make_parser() -> jsonargparse.ArgumentParser:
+    """Make the parser of this command.
+
+    Returns:
+        jsonargparse.ArgumentParser: The parser, whose options are those of :func:`reproduce` and of ``StfpmExt``.
+    """
+    parser = jsonargparse.ArgumentParser(prog="python -m anomalib_stfpm_ext.reproduce")
+    parser.add_function_arguments(reproduce, as_positional=False, skip={"model"})
+    of_runs: set[str | int] = {"seed", "pre_processor", "post_processor", "evaluator", "visualizer"}
+    parser.add_class_arguments(StfpmExt, as_positional=False, skip=of_runs)
+    return parser
+
+
+def run(given: dict[str, Any]) -> None:
+    """Reproduce, and end with SIGTERM's status where that ended a fit.
+
+    Args:
+        given (dict[str, Any]): The arguments of :func:`reproduce` and of ``StfpmExt``.
+    """
+    own = set(inspect.signature(reproduce).parameters)
+    model = {name: value for name, value in given.items() if name not in own}
+    try:
+        reproduce(**{name: value for name, value in given.items() if name in own}, model=model)
+    except SIGTERMException:  # of Lightning, and with an exit status of 0
+        sys.exit(128 + signal.SIGTERM)

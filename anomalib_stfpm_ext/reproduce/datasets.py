@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""MVTec AD and VisA: their categories, looked at before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from anomalib.data import Visa
+from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
+from anomalib.data.datasets.image import mvtecad, visa
+
+from ..errors import fail
+
+
+@dataclass(frozen=True)
+class Category:
+    """The folder of a category, in MVTec AD's layout.
+
+    Args:
+        folder (Path): The folder.
+        defects (list[str]): Its kinds of defects.
+        masks (bool): Whether it has masks.
+    """
+
+    folder: Path
+    defects: list[str]
+    masks: bool
+
+    @classmethod
+    def check(cls, data: str, folder: Path) -> "Category":
+        """Look at the folder before anything is trained.
+
+        Args:
+            data (str): The data set.
+            folder (Path): The folder.
+
+        Returns:
+            Category: What the folder has.
+
+        Raises:
+            ValueError: If it lacks images, or has masks for some defective images only.
+        """
+        extensions = mvtecad.IMG_EXTENSIONS if data == "MVTecAD" else visa.EXTENSIONS
+
+        def count(*parts: str) -> int:
+            return sum(path.suffix in extensions for path in folder.joinpath(*parts).rglob("*"))
+
+        defects = sorted(path.name for path in folder.glob("test/*") if path.is_dir() and path.name != "good")
+        num_defective = sum(count("test", defect) for defect in defects)
+        for role, num_images in (
+            ("train/good", count("train", "good")),
+            ("test/good", count("test", "good")),
+            ("a folder of test/ other than good", num_defective),
+        ):
+            if not num_images:
+                fail(ValueError, "root", f"images ({', '.join(extensions)}) in {role} of {folder}", "none")
+        num_masks = count("ground_truth")
+        if num_masks not in {0, num_defective}:
+            wanted = f"a mask for each of the {num_defective} defective test images of {folder}, or none at all"
+            fail(ValueError, "root", wanted, f"{num_masks} masks")
+        return cls(folder, defects, num_masks > 0)
+
+
+def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, Category]:
+    """Look for the categories; VisA as it is published is first converted by anomalib, which copies it.
+
+    Args:
+        data (str): The data set.
+        root (Path): Its folder.
+        wanted (Sequence[str]): Names of categories; none for all that are there.
+
+    Returns:
+        dict[str, Category]: The categories by name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no category in it.
+        ValueError: If a category is missing or incomplete.
+    """
+    if not root.is_dir():
+        fail(FileNotFoundError, "root", f"the folder of {data}", root)
+    base = root
+    if data == "Visa":
+        base, split = root / "visa_pytorch", root / "split_csv" / "1cls.csv"
+        raw = [category for category in VISA_CATEGORIES if (root / category).is_dir()]
+        if not base.exists() and raw and split.is_file():
+            Visa(root, raw[0]).prepare_data()
+    # anomalib makes folders for VisA's absent categories too, but leaves them empty.
+    found = sorted(path.parent.parent.name for path in base.glob("*/train/good") if any(path.iterdir()))
+    if not found:
+        layout = (
+            "CATEGORY/train/good" if data == "MVTecAD" else "visa_pytorch/CATEGORY/train/good or split_csv/1cls.csv"
+        )
+        fail(FileNotFoundError, "root", f"the folder of {data}, with {layout}", root)
+    missing = [category for category in wanted if category not in found]
+    if missing:
+        fail(ValueError, "categories", f"some of {', '.join(found)}, which are in {root}", ", ".join(missing))
+    categories = {category: Category.check(data, base / category) for category in wanted or found}
+    if data == "Visa" and split.is_file():  # a conversion that was interrupted looks like any other to anomalib
+        expected = pd.read_csv(split)["object"].value_counts()
+        for category, num_expected in expected.reindex(list(categories)).dropna().items():
+            num_found = sum(path.is_file() for path in (base / str(category)).glob("t*/*/*"))  # train and test
+            if num_found != num_expected:
+                wanted_images = f"the {num_expected:.0f} images of {split} in {base / str(category)}"
+                fail(ValueError, "root", wanted_images, f"{num_found}; remove {base} to have it made anew")
+    return categories

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``python -m anomalib_stfpm_ext.watch``, which is ``stfpm-ext watch``, with checkpoint and folder by their places."""
+
+from ..cli.handler import run_command
+from .command import make_parser, run
+
+if __name__ == "__main__":
+    run_command(make_parser(positional=True), run)

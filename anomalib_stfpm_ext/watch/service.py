@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The service: looks into the folder again and again, and gives each image that has settled a row in the table."""
+
+import math
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.data.utils import read_image
+from anomalib.visualization import ImageVisualizer
+from PIL import Image
+
+from ..errors import fail
+from ..prediction import Predictor
+from .folder import Arrivals, Version
+from .messages import printable, tell
+from .table import COLUMNS, ScoreTable
+
+
+def watch(
+    checkpoint: Path,
+    folder: Path,
+    csv: Path = Path("scores.csv"),
+    overlays: Path | None = None,
+    once: bool = False,
+    interval: float = 0.5,
+    patience: float = 5.0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    teacher_weights: Path | None = None,
+) -> None:
+    """Score images as they arrive in a folder, until Ctrl-C or SIGTERM.
+
+    Args:
+        checkpoint: The trained model: a checkpoint (.ckpt) or an export for torch (.pt).
+        folder: The folder, with its subfolders. Images that are already there are scored, too.
+        csv: Where a row is appended for each image, or version of an image. What is in there is not scored again.
+        overlays: Folder for overlays as anomalib makes them, called as the images are.
+        once: End when all that is in the folder is scored.
+        interval: Seconds between two looks. A file that has changed in between is still being written.
+        patience: Seconds for which a file that cannot be read is tried again before it counts as broken.
+        device: Where the model runs. Defaults to a GPU if there is one.
+        teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
+
+    Raises:
+        FileNotFoundError: If the folder or the model does not exist.
+        ValueError: If an argument is out of range, or a file is not what it should be.
+        OSError: If a row or an overlay cannot be written, as on a full disk.
+    """
+    if not folder.is_dir():
+        fail(FileNotFoundError, "folder", "a folder of images", folder)
+    if overlays and overlays.resolve() in (folder.resolve(), *folder.resolve().parents):
+        fail(ValueError, "overlays", "a folder that does not hold the images, which they might overwrite", overlays)
+    if not 0 < interval < math.inf:
+        fail(ValueError, "interval", "more than 0 seconds", interval)
+    if not 0 <= patience < math.inf:
+        fail(ValueError, "patience", "at least 0 seconds", patience)
+    predictor, arrivals = Predictor(checkpoint, device, teacher_weights), Arrivals(folder, overlays)
+    lost = False
+    with ScoreTable(csv) as table:
+        scoring = Scoring(predictor, folder, table, overlays, patience)
+        print(printable(f"Watching {folder}; scores go to {csv}"), flush=True)
+        while True:
+            began = time.monotonic()
+            try:
+                settled, changing = arrivals.look()
+            except OSError as error:
+                if once:
+                    raise
+                if not lost:
+                    tell(f"{error}; waiting for it to come back")
+                lost = True
+                time.sleep(interval)
+                continue
+            pause = max(interval, 4 * (time.monotonic() - began))  # a core's fifth at most, however many files
+            if lost:
+                tell(f"{folder} is back")
+            lost = False
+            all_scored = scoring.score(settled) and not changing
+            if once and all_scored:
+                print(f"All {len(settled)} images have a row in {csv}", flush=True)
+                return
+            time.sleep(pause)
+
+
+class Scoring:
+    """Scores images into the table.
+
+    Args:
+        predictor (Predictor): The trained model.
+        folder (Path): The folder, from which images have their names.
+        table (ScoreTable): The table.
+        overlays (Path | None): Folder for overlays, or ``None``.
+        patience (float): Seconds for which an image that cannot be read is tried again.
+    """
+
+    def __init__(
+        self, predictor: Predictor, folder: Path, table: ScoreTable, overlays: Path | None, patience: float
+    ) -> None:
+        self._predictor, self._folder, self._table = predictor, folder, table
+        self._overlays, self._patience = overlays, patience
+        self._visualizer = ImageVisualizer()
+        self._failures: dict[tuple[Path, Version], float] = {}  # when each was found unreadable first
+
+    def score(self, settled: Mapping[Path, Version]) -> bool:
+        """Give each image a row, unless it has one.
+
+        Args:
+            settled (Mapping[Path, Version]): The images of one look.
+
+        Returns:
+            bool: Whether all have a row now; others are to be tried again.
+
+        Raises:
+            OSError: If a row or an overlay cannot be written.
+        """
+        self._failures = {key: since for key, since in self._failures.items() if key in settled.items()}
+        have_rows = [self._score(path, version) for path, version in settled.items()]
+        return all(have_rows)
+
+    def _score(self, path: Path, version: Version) -> bool:
+        name = printable(path.relative_to(self._folder))
+        if self._table.known.get(name) == version:
+            return True
+        start = time.perf_counter()
+        image, problem = _read(path)
+        if Version.of(path) != version:  # it is being written after all, or gone
+            return False
+        row: dict[str, object] = dict.fromkeys(COLUMNS, "")
+        row |= {"file": name, "bytes": version.num_bytes, "modified_ns": version.modified_ns}
+        if image is None:
+            since = self._failures.setdefault((path, version), time.monotonic())
+            if time.monotonic() - since < self._patience:
+                return False
+            tell(f"{name}: {problem}")
+            row["error"] = printable(problem)
+        else:
+            batch = self._predict(image, name)
+            row |= _verdict(batch, self._predictor.threshold)
+            row["seconds"] = f"{time.perf_counter() - start:.4f}"
+            if self._overlays:
+                _save_overlay(self._visualizer, batch, self._overlays / path.relative_to(self._folder), name)
+        self._table.append(row | {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")})
+        return True
+
+    def _predict(self, image: torch.Tensor, name: str) -> ImageBatch:
+        try:
+            return self._predictor(image)
+        except Exception:
+            tell(f"{name}: cannot be scored")
+            raise
+
+
+def _read(path: Path) -> tuple[torch.Tensor | None, str]:
+    """Read an image, or say why not."""
+    try:
+        return read_image(path, as_tensor=True), ""
+    except Exception as error:  # decoders raise all sorts of them
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _verdict(batch: ImageBatch, threshold: float | None) -> dict[str, object]:
+    score = f"{batch.pred_score.item():.9g}"  # all that float32 holds
+    if threshold is None:
+        return {"score": score}
+    return {
+        "score": score,
+        "threshold": f"{threshold:.9g}",
+        "verdict": "defective" if batch.pred_label.item() else "good",
+    }
+
+
+def _save_overlay(visualizer: ImageVisualizer, batch: ImageBatch, file: Path, name: str) -> None:
+    """Save the overlay of an image, or tell why there is none: the score is there all the same."""
+    try:
+        picture = visualizer.visualize(batch)
+    except Exception as error:  # of pictures of one pixel, for one
+        tell(f"{name}: no overlay, {type(error).__name__}: {error}")
+    else:
+        _save(picture, file)
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    """Save all of a picture or nothing."""
+    unfinished = file.with_name(f".unfinished{file.suffix}")  # the name's own may be as long as names can be
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(unfinished)
+        unfinished.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
