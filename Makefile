@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT := demo/output
 CHECKPOINT := $(OUTPUT)/results/StfpmExt/elpv/latest/weights/lightning/model.ckpt
-CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cuda_on_threads/*)
+CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/ops/cuda_on_threads/*)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/* autoload/* anomalib_stfpm_ext/*.py* anomalib_stfpm_ext/*/*.py)
 
 FUZZ_SECONDS ?= 600
-TESTS_OF_CSRC := $(addprefix tests/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py)
+TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py)
 
 .PHONY: test demo fuzz sanitize sanitize-address sanitize-thread lint format clean
 
@@ -17,7 +17,7 @@ test: .venv/test.stamp
 	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 fuzz: .venv/test.stamp
-	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/test_properties.py
+	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/ops/test_properties.py
 
 # The tests of csrc/ on builds with sanitizers, which PYTHONPATH puts before the build in .venv. Leaks are not looked
 # for, since Python and torch leave theirs; nor what happens at the interpreter's end, where UBSan objects to pybind11.

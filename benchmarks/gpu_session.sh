@@ -44,7 +44,7 @@ build() {
 export -f build
 export python stage
 # The plugin prefers the build to the source tree, which Python looks into first as the current folder.
-tests=("$python" -m pytest -p _anomalib_stfpm_ext_autoload -p no:cacheprovider -m gpu tests/test_cuda.py)
+tests=("$python" -m pytest -p _anomalib_stfpm_ext_autoload -p no:cacheprovider -m gpu tests/ops/test_cuda.py)
 
 step build 180 bash -c build || exit 1
 step tests 90 "${tests[@]}"

@@ -12,19 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROLES, make_mask, make_picture
 from PIL import Image
 
 from anomalib_stfpm_ext.ops import native
-
-# Channels and stride of each level, as the backbones' feature pyramids have them.
-PYRAMIDS = {
-    "resnet18": ((64, 4), (128, 8), (256, 16)),
-    "wide_resnet50_2": ((256, 4), (512, 8), (1024, 16)),
-    "tf_efficientnet_lite0": ((24, 4), (40, 8), (112, 16)),
-}
-
-# Images of each kind in a category of the tiny MVTec AD.
-ROLES = {"train/good": 6, "test/good": 3, "test/broken": 2, "test/scratched": 2}
 
 
 def pytest_report_header() -> str:
@@ -32,24 +23,6 @@ def pytest_report_header() -> str:
         f"scorer: {native.selected_isa()} of {', '.join(native.built_isas)}, built by {native.compiler}; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
-
-
-def make_features(
-    pyramid: tuple[tuple[int, int], ...],
-    batch: int,
-    image_size: tuple[int, int],
-    noise: float = 0.1,
-    dtype: str = "float32",
-    seed: int = 0,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Teacher's features and the student's, which are the teacher's and noise."""
-    rng = np.random.default_rng(seed)
-    teacher, student = [], []
-    for channels, stride in pyramid:
-        shape = (batch, channels, *(-(-size // stride) for size in image_size))
-        teacher.append(rng.standard_normal(shape).astype(dtype))
-        student.append((teacher[-1] + noise * rng.standard_normal(shape)).astype(dtype))
-    return teacher, student
 
 
 @pytest.fixture
@@ -121,21 +94,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_picture(path: Path, defective: bool, rng: np.random.Generator) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = rng.normal(128, 20, (48, 64, 3)).clip(0, 255).astype(np.uint8)
-    if defective:
-        pixels[10:30, 20:40] = (255, 0, 0)
-    Image.fromarray(pixels).save(path)
-
-
-def make_mask(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros((48, 64), np.uint8)
-    pixels[10:30, 20:40] = 255
-    Image.fromarray(pixels).save(path)
-
-
 @pytest.fixture(scope="session")
 def mvtec_ad(tmp_path_factory):
     """Make two categories, of which pill has no masks."""
@@ -148,11 +106,3 @@ def mvtec_ad(tmp_path_factory):
                     make_mask(root / category / "ground_truth" / Path(role).name / f"{index:03}_mask.png")
     (root / "license.txt").touch()
     return root
-
-
-def folder(images: Path, **arguments):
-    """Return the data module of ``images``."""
-    from anomalib.data import Folder  # here, since the tests of the scorer alone need none
-
-    settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
-    return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))

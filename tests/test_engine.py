@@ -13,7 +13,7 @@ import torch
 import yaml
 from anomalib.data import PredictDataset
 from anomalib.engine import Engine
-from conftest import folder
+from helpers import folder
 from torch._dynamo.utils import counters
 
 from anomalib_stfpm_ext import StfpmExt
@@ -88,6 +88,7 @@ def image_metrics(output: str) -> list[str]:
     return [line for line in output.splitlines() if "image_" in line]
 
 
+@pytest.mark.slow
 def test_command_line(images, tmp_path):
     """Train from a YAML, then every other subcommand on the checkpoint, with each way to name the class."""
     data = {"name": "noise", "root": str(images), "normal_dir": "good", "normal_test_dir": "good_test"}
@@ -129,6 +130,7 @@ def test_command_line(images, tmp_path):
     assert list(tmp_path.glob("results/**/model.pt"))
 
 
+@pytest.mark.slow
 def test_benchmark(images, tmp_path):
     """The benchmark of anomalib offers no number of epochs, so it trains the default of 100, here of one small step."""
     one = tmp_path / "one"

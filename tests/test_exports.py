@@ -11,7 +11,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
-from conftest import folder
+from helpers import folder
 from torch.profiler import ProfilerActivity, profile
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.engine import Engine
-from conftest import folder
+from helpers import folder
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from anomalib.engine import Engine
-from conftest import folder
+from helpers import folder
 from lightning.pytorch import Callback
 from sklearn.model_selection import train_test_split
 from torch import nn

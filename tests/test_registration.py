@@ -79,6 +79,7 @@ def test_interpreter_start_loads_one_small_module(python):
     assert not [name for name in ours if name.startswith("anomalib") or name in ("torch", "numpy", "typing")]
 
 
+@pytest.mark.slow
 def test_failure_is_one_warning(python):
     break_it = "import sys; sys.modules['anomalib_stfpm_ext._core'] = None\n"
     result = python(break_it + "import torch, anomalib.models\nassert 'stfpm' in anomalib.models.list_models()")

@@ -14,7 +14,7 @@ import timm
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
-from conftest import make_mask, make_picture
+from helpers import make_mask, make_picture
 from PIL import Image
 from skimage.measure import label
 from sklearn.metrics import auc, roc_auc_score
@@ -218,6 +218,7 @@ def test_failing_run_leaves_the_others(mvtec_ad, small, tmp_path, caplog):
     assert table.index.tolist() == ["pill", "mean of these 1", "mean of all"]
 
 
+@pytest.mark.slow
 def test_side_by_side(mvtec_ad, small, tmp_path):
     command(mvtec_ad, tmp_path, *small, "--devices", 2)
     assert run_of(tmp_path, "bottle", 0)["category"] == "bottle"

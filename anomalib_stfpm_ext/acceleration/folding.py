@@ -194,7 +194,12 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     names: Mapping[int, str]
 
     def create_arg(self, a: Any) -> Any:
-        return self.graph.get_attr(self.names[id(a)]) if isinstance(a, torch.Tensor) else super().create_arg(a)
+        if not isinstance(a, torch.Tensor):
+            return super().create_arg(a)
+        if id(a) not in self.names:
+            msg = "the network computes with a tensor that is neither weight nor buffer"
+            raise ValueError(msg)
+        return self.graph.get_attr(self.names[id(a)])
 
 
 def _trace(network: nn.Module) -> fx.Graph:

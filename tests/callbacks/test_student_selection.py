@@ -14,7 +14,7 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
-from conftest import folder
+from helpers import folder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -720,6 +720,7 @@ except FloatingPointError as error:
 """
 
 
+@pytest.mark.multiprocess
 def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)

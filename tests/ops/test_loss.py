@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from anomalib.models.image.stfpm.loss import STFPMLoss
-from conftest import PYRAMIDS, make_features
+from helpers import PYRAMIDS, make_features
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp
 from torch.profiler import ProfilerActivity, profile

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import PYRAMIDS, make_features
+from helpers import PYRAMIDS, make_features
 
 from anomalib_stfpm_ext import StfpmExtLoss, anomaly_map
 from anomalib_stfpm_ext.loss import formula
 from anomalib_stfpm_ext.ops import native
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -265,6 +265,7 @@ def find_cuobjdump():
     return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *folders]))
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(("source", "count"), [("anomaly_map_cuda.cu", 16), ("feature_matching_cuda.cu", 8)])
 def test_compiler_reports_neither_spills_nor_local_memory(compiled, source, count):

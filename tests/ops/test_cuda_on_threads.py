@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import make_features
+from helpers import make_features
 
 from anomalib_stfpm_ext import anomaly_map
 from anomalib_stfpm_ext.loss import formula

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.callbacks.distributed import DistributedSetup
 
+pytestmark = pytest.mark.multiprocess
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
 

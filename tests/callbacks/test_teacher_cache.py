@@ -15,7 +15,7 @@ from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
-from conftest import folder
+from helpers import folder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
@@ -445,6 +445,7 @@ for location in (None, "memory"):
 """
 
 
+@pytest.mark.multiprocess
 def test_two_processes(images, tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)

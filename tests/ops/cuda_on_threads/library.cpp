@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <exception>
 
-#include "../../csrc/cuda/anomaly_map_cuda.cu"
-#include "../../csrc/cuda/feature_matching_cuda.cu"
+#include "../../../csrc/cuda/anomaly_map_cuda.cu"
+#include "../../../csrc/cuda/feature_matching_cuda.cu"
 
 namespace {
 

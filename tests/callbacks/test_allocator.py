@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 from anomalib.engine import Engine
-from conftest import folder
+from helpers import folder
 from lightning.pytorch import Callback
 
 from anomalib_stfpm_ext import StfpmExt

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
-from conftest import PYRAMIDS, make_features
+from helpers import PYRAMIDS, make_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anomalib_stfpm_ext import anomaly_map
