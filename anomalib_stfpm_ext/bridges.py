@@ -20,7 +20,7 @@ warnings.warn(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the former command line, whose arguments are told by their places."""
+    """Run the former command line, whose arguments are positional."""
     commands: dict[str, Any] = {
         "read-authors": from_authors,
         "read-anomalib": from_anomalib,

@@ -22,7 +22,7 @@ STUDENT_PREFIX = "model.student_model."
 
 
 def load_content(path: str) -> dict[str, Any]:
-    """Load a checkpoint of Lightning's, without running code from it.
+    """Load a Lightning checkpoint, without running code from it.
 
     Args:
         path (str): The file.

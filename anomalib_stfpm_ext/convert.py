@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Students of other programs, read and written; ``python -m anomalib_stfpm_ext.convert --help`` is the command.
+"""Students of other programs, read and written; ``stfpm-ext convert`` is the command.
 
 No file is unpickled with code in it. What is read is a :class:`StfpmExt`; :func:`save_checkpoint` makes of it what
 ``StfpmExt.load_from_checkpoint`` and ``--ckpt_path`` of anomalib's command line take.

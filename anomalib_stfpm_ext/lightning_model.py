@@ -22,7 +22,6 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -33,6 +32,7 @@ from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
 from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
+from .callbacks.teacher_check import TeacherCheck
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network
 from .errors import fail
 from .loss import StfpmExtLoss
@@ -238,23 +238,6 @@ class StfpmExt(AnomalibModule):
         ):
             trainer.fit_loop.max_epochs = MAX_EPOCHS
 
-    def on_fit_start(self) -> None:
-        """Warn of a teacher without weights."""
-        self._check_teacher()
-
-    def on_validation_start(self) -> None:
-        """Warn of a teacher without weights."""
-        if not self._is_fitting:
-            self._check_teacher()
-
-    def on_test_start(self) -> None:
-        """Warn of a teacher without weights."""
-        self._check_teacher()
-
-    def on_predict_start(self) -> None:
-        """Warn of a teacher without weights."""
-        self._check_teacher()
-
     @property
     def cached_teacher(self) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
         """The teacher of training and held-out images, whose features are computed once.
@@ -273,6 +256,7 @@ class StfpmExt(AnomalibModule):
         """
         return [
             *super().configure_callbacks(),
+            TeacherCheck(),
             DistributedSetup(),
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
@@ -322,13 +306,6 @@ class StfpmExt(AnomalibModule):
             return self.trainer.state.fn == TrainerFn.FITTING
         except RuntimeError:  # Lightning's, of a model without a trainer
             return False
-
-    def _check_teacher(self) -> None:
-        if self.model.teacher_model.is_random:
-            rank_zero_warn(
-                "teacher_weights: wanted True, a file, or a checkpoint that brings them, got False and no checkpoint: "
-                "the teacher is random, and so is what it finds."
-            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Set up the paper's SGD for the student, and the schedule of its learning rate.

@@ -20,7 +20,7 @@ warnings.warn(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the former command line, whose arguments are told by their places."""
+    """Run the former command line, whose arguments are positional."""
     commands: dict[str, Any] = {"levels": levels, "histogram": histogram}
     with ending_in_one_line():
         jsonargparse.CLI(commands, arguments)  # type: ignore[no-untyped-call]  # auto_cli in newer versions

@@ -150,7 +150,7 @@ def anomaly_map(
 
 
 def _as_numpy(level: Any) -> Any:
-    """View the level as an array that the scorer can address; copies only what lies askew in memory."""
+    """View the level as an array that the scorer can address; copies only arrays that are not aligned."""
     if not isinstance(level, np.ndarray):
         if hasattr(level, "__dlpack__"):
             level = np.from_dlpack(level)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of results beside anomalib's own; ``python -m anomalib_stfpm_ext.visualization --help`` is the command.
+"""Pictures of results beside anomalib's own; ``stfpm-ext draw`` is the command.
 
 The anomaly maps of the single levels beside their product, a histogram of the scores of good and defective images, and
 sheets of pictures spread over the scores.

@@ -17,8 +17,8 @@ Result = TypeVar("Result")
 def can_run_concurrently(device: torch.device) -> bool:
     """Tell whether :func:`run_concurrently` pays on a device.
 
-    With more than two threads, each computation would need several, and torch's pool cannot be parted. Nobody has
-    measured on processors other than x86-64.
+    With more than two threads, each computation would need several, and torch's pool cannot be parted. Only
+    x86-64 has been measured.
 
     Args:
         device (torch.device): Where both computations run.

@@ -8,17 +8,17 @@ import platform
 
 from lightning.pytorch import LightningModule, Trainer
 
-from .held_for_fit import HeldForFit
+from .fit_resource import FitResource
 
 # mallopt's parameters, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 
 
-class AllocatorTuning(HeldForFit):
+class AllocatorTuning(FitResource):
     """Lets glibc keep freed memory while a fit runs on a CPU.
 
-    Activations are larger than what glibc keeps by itself, so that each step would take its memory from the system
-    anew, page fault by page fault. The limits are the whole process's. Whoever sets some in the environment
+    Activations are larger than what glibc keeps by itself. Without this callback each step would take its memory from
+    the system anew, page fault by page fault. The limits are the whole process's. Whoever sets some in the environment
     (``MALLOC_...``, ``GLIBC_TUNABLES``) gets those.
 
     Attributes:

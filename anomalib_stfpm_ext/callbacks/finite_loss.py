@@ -15,7 +15,7 @@ from ..errors import fail
 
 
 class PendingLoss(NamedTuple):
-    """A loss on its way from the device, so that nobody waits for the device until the loss is read."""
+    """A loss that is being copied from the device. Nothing waits for the device until the loss is read."""
 
     value: torch.Tensor
     arrived: torch.cuda.Event | None
@@ -39,7 +39,7 @@ class PendingLoss(NamedTuple):
 
 
 def unread_losses(device: torch.device) -> int:
-    """Return how many losses may be on their way: on CUDA the last, since reading it would wait for its step."""
+    """Return how many losses may stay unread: one on CUDA, since reading the last loss would wait for its step."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -60,14 +60,14 @@ class FiniteLoss(Callback):
         self._losses: deque[PendingLoss] = deque()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the losses of a fit before."""
+        """Forget the losses of an earlier fit."""
         del trainer, pl_module
         self._losses.clear()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Send for the loss of this step, and read those that have arrived."""
+        """Start the copy of this step's loss, and read those that have arrived."""
         del pl_module, batch, batch_idx
         loss: torch.Tensor = outputs["loss"].detach()  # type: ignore[index]
         if trainer.world_size > 1:  # all processes stop at the same step

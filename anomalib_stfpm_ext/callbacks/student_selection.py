@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Student selection: good images that it never trains on say which epoch's student is kept."""
+"""Student selection: images that are held out of the training decide which epoch's student is kept."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ..checkpoints import STUDENT_PREFIX
 from ..errors import fail
 from .finite_loss import fail_as_diverged, where
-from .held_for_fit import HeldForFit
+from .fit_resource import FitResource
 from .hold_out import check_share, hold_out
 from .students import Measurement, Students
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CHECKPOINT_KEY = "stfpm_ext_held_out"
 
 
-class StudentSelection(HeldForFit):
+class StudentSelection(FitResource):
     """Holds good training images out, measures students on them and keeps the best, as the paper's authors do.
 
     The student is measured before each validation within a fit and at the end of each epoch, before checkpoints are
@@ -55,7 +55,7 @@ class StudentSelection(HeldForFit):
         self.forget()
 
     def forget(self) -> None:
-        """Forget the students of a fit before, since the model's is now another."""
+        """Forget the students of an earlier fit, since the model's student is now another."""
         self.students: Students | None = None
         self.loader: DataLoader[Any] | None = None
         self._num_images = 0
@@ -133,7 +133,7 @@ class StudentSelection(HeldForFit):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget a fit before."""
+        """Forget an earlier fit."""
         del trainer, pl_module
         if stage == TrainerFn.FITTING:
             self.forget()
@@ -207,12 +207,12 @@ class StudentSelection(HeldForFit):
         self.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the best student, unless that takes the other processes, which may be elsewhere."""
+        """Keep the best student, unless that needs other processes: they may not have met with an exception."""
         if self.share or trainer.world_size == 1:
             super().on_exception(trainer, pl_module, exception)
 
     def release(self) -> None:
-        """Leave the best student in the network, and let go of the images."""
+        """Leave the best student in the network, and release the images."""
         if self.students:
             self.students.show(best=True)
         self.loader = None

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Subset
 
 from ..errors import fail
-from .held_for_fit import HeldForFit
+from .fit_resource import FitResource
 
 Features = dict[str, torch.Tensor]
 CacheLocation = Literal["auto", "memory", "disk"]
@@ -41,12 +41,12 @@ class _Level(NamedTuple):
     dtype: torch.dtype  # the teacher's
 
 
-class TeacherCache(HeldForFit):
+class TeacherCache(FitResource):
     """Keeps the teacher's features of all images of a fit, until the fit ends.
 
-    An image is known by a hash of its pixels as the network gets them, so that wherever it comes from, and whatever
-    callbacks do to it, its features are its own. Of several processes, each keeps the features of those images that it
-    has come across. Nothing of it is in a checkpoint.
+    The key of an image is a hash of its pixels as the network gets them. So an image never gets the features of
+    another, wherever it comes from and whatever callbacks do to it. Each of several processes keeps the features of the
+    images that it has met. Checkpoints hold none of them.
 
     Args:
         location (str): ``"memory"``, or ``"disk"`` for files in the folder for temporary files (``TMPDIR``). The files
@@ -123,13 +123,13 @@ class TeacherCache(HeldForFit):
         return features
 
     def release(self) -> None:
-        """Let go of the features."""
+        """Release the features."""
         self._num_images, self._num_processes = 0, 1
         self._levels: dict[str, _Level] = {}
         self._rows: dict[bytes, int] = {}  # by the hash of the image
 
     def _give_up(self, reason: ValueError) -> None:
-        """Go on without features, where that was left to the cache; otherwise raise the reason."""
+        """Go on without a cache where the location is ``"auto"``; otherwise raise the reason."""
         if self.location != "auto":
             raise reason
         rank_zero_info(f"The teacher's features are not kept between epochs. {reason}")
@@ -214,13 +214,13 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _free_memory() -> int:
-    """Return the memory that is available, in bytes; as on every Linux, which this package is for."""
+    """Return the memory that is available, in bytes. Every Linux has /proc, and the package is for Linux only."""
     available = 1024 * _numbers("/proc/meminfo")["MemAvailable"]
     return int(min(available, *map(_free_in_container, _CONTAINER_LIMITS)))
 
 
 def _free_in_container(files: tuple[str, str, str]) -> float:
-    """Return what a container's limit leaves: not taken, or by pages of files that nobody has used of late."""
+    """Return the memory that a container's limit leaves; pages of files that were not used of late count as free."""
     limit, usage, inactive = files
     try:
         used = int((_CONTAINER / usage).read_text()) - _numbers((_CONTAINER / limit).with_name("memory.stat"))[inactive]

@@ -73,7 +73,7 @@ def anomaly_map(
 
 
 def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
-    """Whether somebody may want gradients. Of an exported program nobody does, whatever mode it was exported in."""
+    """Whether gradients may be wanted. An exported program gives none, whatever mode it was exported in."""
     if is_transformed():
         return True
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -89,7 +89,7 @@ def has_kernel(device: torch.device) -> bool:
 def check_kernel(device: torch.device) -> None:
     """Raise an error where the build has no kernels for the features' device."""
     if not has_kernel(device):
-        wanted = "features on the CPU, since this build has no CUDA scorer (README: Install)"
+        wanted = "features on the CPU, since this build has no CUDA scorer (docs/install.md)"
         fail(ValueError, "teacher[0]", wanted, device)
 
 

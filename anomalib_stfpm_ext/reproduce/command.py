@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command: arguments are checked, and the runs that are still to be done are made, side by side on GPUs."""
+"""The command: it checks the arguments, and makes the runs that are still to be done, in parallel on several GPUs."""
 
 import inspect
 import os

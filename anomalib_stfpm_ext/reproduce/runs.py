@@ -139,7 +139,7 @@ class ReproduceJob(Job):
         """Train from where the last attempt stopped, if any, evaluate, and write results and tables.
 
         Args:
-            task_id (int | None): The GPU, if several work side by side.
+            task_id (int | None): The GPU, if several work in parallel.
 
         Returns:
             dict[str, Any]: The results.

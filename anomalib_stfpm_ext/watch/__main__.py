@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``python -m anomalib_stfpm_ext.watch``, which is ``stfpm-ext watch``, with checkpoint and folder by their places."""
+"""``python -m anomalib_stfpm_ext.watch``, which is ``stfpm-ext watch``, with positional checkpoint and folder."""
 
 from ..cli.handler import run_command
 from .command import make_parser, run

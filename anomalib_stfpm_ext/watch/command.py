@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command."""
+"""The command line of the service."""
 
 import signal
 import sys
@@ -16,7 +16,7 @@ def make_parser(positional: bool) -> jsonargparse.ArgumentParser:
     """Make the parser of this command.
 
     Args:
-        positional (bool): Whether checkpoint and folder are told by their places, not by options.
+        positional (bool): Whether checkpoint and folder are positional arguments, not options.
 
     Returns:
         jsonargparse.ArgumentParser: The parser.

@@ -13,7 +13,7 @@ from .messages import tell
 
 
 class Version(NamedTuple):
-    """What changes when a file does.
+    """Size and time of modification of a file, which tell its versions apart.
 
     Args:
         num_bytes (int): Its size.

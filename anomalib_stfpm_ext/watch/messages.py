@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Messages in one line each, whatever the names of files are made of."""
+"""Messages of one line each, whatever characters the names of files hold."""
 
 import sys
 
@@ -14,5 +14,5 @@ def printable(text: object) -> str:
 
 
 def tell(message: str) -> None:
-    """Print a message for whoever looks after the service."""
+    """Print a message on standard error."""
     print(printable(message), file=sys.stderr, flush=True)

@@ -85,7 +85,7 @@ cudaFuncAttributes attributes_of(Kernel* kernel, int device) {
                              std::to_string(attribute_of(device, cudaDevAttrComputeCapabilityMajor)) + "." +
                              std::to_string(attribute_of(device, cudaDevAttrComputeCapabilityMinor)) +
                              ", and this build holds CUDA code for " STFPM_EXT_CUDA_ARCHITECTURES
-                             " only: build it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=... (see README)");
+                             " only: build it with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=... (see docs/install.md)");
   }
   check(found, "kernel");
   return code;

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What lasts as long as a fit."""
+"""Resources that last as long as a fit."""
 
 from abc import ABC, abstractmethod
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class HeldForFit(Callback, ABC):
-    """What is held for a fit and released at its end, however it ends."""
+class FitResource(Callback, ABC):
+    """A resource that a fit holds, and that is released at its end, however the fit ends."""
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of it."""
+        """Release the resource."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release it at the end of the fit."""
