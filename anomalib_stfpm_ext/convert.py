@@ -30,7 +30,7 @@ _AUTHORS_LAYERS = ["layer1", "layer2", "layer3"]
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) -> StfpmExt:
+def read_authors_student(path: str | Path, teacher_weights: bool | Path = True, argument: str = "path") -> StfpmExt:
     """Read a student that the authors' code saved (``snapshots/<category>/best.pth.tar``).
 
     Its features are those of the authors' network, up to rounding, and its maps an eighth of theirs, who leave the 1/2
@@ -40,6 +40,7 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) 
         path (str | Path): The authors' file: a ``state_dict`` of ResNet18's children by number, after any one prefix.
         teacher_weights (bool | Path): Local file with torchvision's weights of ResNet18, or ``True`` for those
             from timm's cache or the internet. Defaults to ``True``.
+        argument (str): What the caller's errors call the path. Defaults to ``"path"``.
 
     Returns:
         StfpmExt: ResNet18 with the layers that the authors compare, ``layer1`` to ``layer3``, and
@@ -54,13 +55,13 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True) 
     if teacher_weights is False:
         msg = "teacher_weights: the authors' file holds the student only; wanted True or a file of weights, got False"
         raise ValueError(msg)
-    weights = read_file("path", path, "a file of the authors' code", partial(load_state_dict, weights_only=True))
+    weights = read_file(argument, path, "a file of the authors' code", partial(load_state_dict, weights_only=True))
     student = {name: tensor for name, tensor in _timm_names(weights) if not name.startswith("layer4.")}  # never used
     model = StfpmExt(_AUTHORS_BACKBONE, _AUTHORS_LAYERS, teacher_weights, combine_at="finest")
     load_tensors(
         model.model.student_model.feature_extractor,
         student,
-        f"path: {str(path)!r} holds no student of the authors' code",
+        f"{argument}: {str(path)!r} holds no student of the authors' code",
     )
     return model
 

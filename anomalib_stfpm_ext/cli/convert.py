@@ -17,7 +17,7 @@ def from_authors(student: Path, output: Path, teacher_weights: bool | Path = Tru
         output: The checkpoint to write.
         teacher_weights: File with torchvision's weights of ResNet18, or true for those from cache or internet.
     """
-    _save(read_authors_student(student, teacher_weights), output)
+    _save(read_authors_student(student, teacher_weights, "student"), output)
 
 
 def from_anomalib(checkpoint: Path, output: Path, backbone: str | None = None, layers: list[str] | None = None) -> None:
