@@ -111,6 +111,20 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module is what ``torch.compile`` makes of another one.
+
+    Its public class is in ``torch._dynamo``, whose import takes seconds.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        bool: Whether it is.
+    """
+    return hasattr(module, "_orig_mod")
+
+
 def register_namedtuple(kind: type, name: str) -> None:
     """Let ``torch.export.save`` write programs that return a named tuple.
 

@@ -65,6 +65,57 @@ def _pyramid_layers(backbone: str) -> list[str]:
     return [level["module"] for level in info.info]
 
 
+def pretrained_name(backbone: str) -> str:
+    """Say which pretrained weights a name stands for: without a tag, torchvision's where timm has them.
+
+    Args:
+        backbone (str): timm's name of the network, with or without a tag.
+
+    Returns:
+        str: The name with a tag; the same name where timm has no weights.
+    """
+    if "." in backbone:
+        return backbone
+    if timm.is_model_pretrained(f"{backbone}.tv_in1k"):
+        return f"{backbone}.tv_in1k"
+    config = timm.get_pretrained_cfg(backbone)
+    return f"{backbone}.{config.tag}" if config is not None and config.tag else backbone
+
+
+def pretrained_config(backbone: str) -> Any:
+    """Return timm's notes on the pretrained weights: ``mean``, ``std``, ``input_size``, ``fixed_input_size``.
+
+    Args:
+        backbone (str): timm's name of the network, with or without a tag.
+
+    Returns:
+        Any: The notes.
+    """
+    return timm.get_pretrained_cfg(pretrained_name(backbone))
+
+
+def foreign_weights(weights: Mapping[str, Any], backbone: str) -> list[str]:
+    """Name the weights of a file that belong to the backbone's own stages, but that the backbone does not have.
+
+    The file of a deeper network of the same family has such weights.
+
+    Args:
+        weights (Mapping[str, Any]): The tensors of the file by name.
+        backbone (str): timm's name of the network.
+
+    Returns:
+        list[str]: The names.
+    """
+    with torch.device("meta"):
+        known = timm.create_model(backbone, pretrained=False).state_dict()
+    classifier = pretrained_config(backbone).classifier or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    stages = {name.partition(".")[0] for name in known if not name.startswith(heads)}
+    return [
+        name for name in weights if name.endswith(".weight") and name not in known and name.partition(".")[0] in stages
+    ]
+
+
 def find_tensor(weights: Mapping[str, Any], name: str) -> torch.Tensor | None:
     """Find a tensor of timm's feature extractor in the state dict of a whole network."""
     found = (weights[candidate] for candidate in _names_in_network(name) if candidate in weights)

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
 from anomalib.utils.serialization import anomalib_safe_globals
+from lightning.pytorch.utilities import rank_zero_warn
 
 from .errors import fail
 from .feature_pyramid import Teacher
+from .torch_model import StfpmExtModel
 
 CHECKPOINT_KEY = "stfpm_ext_teacher"
 NETWORK_KEY = "stfpm_ext_network"
@@ -44,15 +47,60 @@ def load_content(path: str) -> dict[str, Any]:
     return content
 
 
-def name_network(checkpoint: dict[str, Any], teacher: Teacher, combine_at: str) -> None:
-    """Say in a checkpoint which network it is of.
+def name_network(checkpoint: dict[str, Any], model: StfpmExtModel) -> None:
+    """Say in a checkpoint which network it is of, and how images are cut into tiles for it.
 
     Args:
         checkpoint (dict[str, Any]): The checkpoint, which is changed.
-        teacher (Teacher): The teacher, whose architecture is the student's.
-        combine_at (str): Where the levels are combined.
+        model (StfpmExtModel): The networks.
     """
-    checkpoint[NETWORK_KEY] = {"backbone": teacher.backbone, "layers": teacher.layers, "combine_at": combine_at}
+    checkpoint[NETWORK_KEY] = {
+        "backbone": model.teacher_model.backbone,
+        "layers": model.teacher_model.layers,
+        "combine_at": model.combine_at,
+        "tiling": describe_tiler(model.tiler),
+    }
+
+
+def describe_tiler(tiler: Tiler | None) -> dict[str, Any] | None:
+    """Describe anomalib's tiler by the arguments that make another one.
+
+    Args:
+        tiler (Tiler | None): The tiler, or ``None``.
+
+    Returns:
+        dict[str, Any] | None: The arguments in plain data, or ``None``.
+    """
+    if tiler is None:
+        return None
+    return {
+        "tile_size": [tiler.tile_size_h, tiler.tile_size_w],
+        "stride": [tiler.stride_h, tiler.stride_w],
+        "remove_border_count": tiler.remove_border_count,
+        "mode": ImageUpscaleMode(tiler.mode).value,
+    }
+
+
+def restore_tiler(model: StfpmExtModel, network: Mapping[str, Any], must_match: bool) -> None:
+    """Cut images into tiles as in the training of a checkpoint; threshold and range are of such maps.
+
+    Args:
+        model (StfpmExtModel): The networks, whose tiler is changed.
+        network (Mapping[str, Any]): What :func:`check_network` returned; files of version 0.1 do not mention tiles.
+        must_match (bool): Whether a tiler that the model has already must be the same.
+
+    Raises:
+        ValueError: If it must, and is not.
+    """
+    if "tiling" not in network:
+        return
+    wanted, got = network["tiling"], describe_tiler(model.tiler)
+    if wanted != got and (must_match or got is not None):
+        if must_match:
+            fail(ValueError, "tiler", f"{wanted} as in the checkpoint", got)
+        rank_zero_warn(f"tiler: the checkpoint's is in force, {wanted}, not {got}")
+    if wanted != got:
+        model.tiler = None if wanted is None else Tiler(**{**wanted, "mode": ImageUpscaleMode(wanted["mode"])})
 
 
 def check_network(checkpoint: dict[str, Any], teacher: Teacher) -> dict[str, Any]:

@@ -192,8 +192,8 @@ def _read_checkpoint(
         layers,
         teacher_weights=False,
         combine_at=settings.get("combine_at", "image"),  # of StfpmExt's own
-        pre_processor=StfpmExt.configure_pre_processor(),
     )
+    model.pre_processor = StfpmExt.configure_pre_processor()  # unless the checkpoint has another
     if model.model.teacher_model.channels_last_output:
         msg = (
             f"backbone: anomalib compares the (B, H, W, C) features of {backbone!r} as if they were (B, C, H, W); "

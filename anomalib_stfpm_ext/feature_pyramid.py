@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from timm.models import load_state_dict
 from torch import nn
 from typing_extensions import Self
 
 from ._compat import has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, version
 from .acceleration.folding import fold
-from .backbones import create_extractor, find_tensor, layer_indices
+from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name
+from .errors import fail
 from .weights import load_tensors, read_file
 
 # Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
@@ -185,24 +187,34 @@ class Teacher(FeaturePyramid):
             return super().forward(images)
 
     def _load_pretrained(self) -> None:
+        name = pretrained_name(self.backbone)
+        if name != self.backbone:
+            rank_zero_info(f"teacher_weights: backbone {self.backbone!r} stands for the weights {name!r}.")
         try:
             indices = self.feature_extractor.feature_info.out_indices
-            pretrained = create_extractor(self.backbone, indices, pretrained=True)
+            pretrained = create_extractor(name, indices, pretrained=True)
         except Exception as error:
             msg = (
-                f"teacher_weights: timm's pretrained weights of {self.backbone!r} cannot be had "
+                f"teacher_weights: timm's pretrained weights of {name!r} cannot be had "
                 f"({type(error).__name__}). Without internet, give a local .pth or .safetensors file instead."
             )
             raise RuntimeError(msg) from error
         self.feature_extractor.load_state_dict(pretrained.state_dict())
 
     def _load_file(self, path: str | Path) -> None:
+        if isinstance(path, str | Path):
+            path = Path(path).expanduser()
         file_weights = read_file(
             "teacher_weights",
             path,
             "a file of weights (.pth or .safetensors)",
             partial(load_state_dict, use_ema=False, weights_only=True),
         )
+        foreign = foreign_weights(file_weights, self.backbone)
+        if foreign:
+            wanted = f"weights of {self.backbone!r}"
+            got = f"those of another network in {str(path)!r}: {foreign[0]} and {len(foreign) - 1} more are not its own"
+            fail(ValueError, "teacher_weights", wanted, got)
         names = self.feature_extractor.state_dict()
         load_tensors(
             self.feature_extractor,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import _anomalib_stfpm_ext_autoload
-import timm
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch
@@ -22,24 +21,27 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from .backbones import pretrained_config
 from .callbacks.allocator import AllocatorTuning
+from .callbacks.checks import Checks
 from .callbacks.cosine_schedule import CosineSchedule
 from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
 from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
-from .callbacks.teacher_check import TeacherCheck
-from .checkpoints import bring_back, check_network, leave_out, load_content, name_network
+from .checkpoints import bring_back, check_network, leave_out, load_content, name_network, restore_tiler
 from .errors import fail
 from .loss import StfpmExtLoss
 from .torch_model import CompileMode, StfpmExtModel
 from .weights import read_file
 
 MAX_EPOCHS = 100  # as in the paper
+TRANSFORM_KEY = "stfpm_ext_transform"  # of a checkpoint: whether there was one, which anomalib may fail to save
 
 
 class StfpmExt(AnomalibModule):
@@ -89,8 +91,10 @@ class StfpmExt(AnomalibModule):
         compile_mode (Literal["default", "reduce-overhead", "max-autotune"] | None): Have ``torch.compile`` compile
             inference in this mode, once for each size of images; the last two replay CUDA graphs on a GPU. Neither
             checkpoints nor exports are of it. Defaults to ``None``, which compiles nothing.
-        pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to 256x256 and normalises as
-            the teacher was trained. Defaults to ``True``.
+        image_size (tuple[int, int] | None): Height and width to which images are resized; the normalisation stays the
+            teacher's. Defaults to ``None``, the paper's 256x256, or the one size that the backbone takes.
+        pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
+            as the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
             default. Defaults to ``True``.
         evaluator (Evaluator | bool): Computes the metrics. ``True``: anomalib's default. Defaults to ``True``.
@@ -132,6 +136,7 @@ class StfpmExt(AnomalibModule):
         teacher_cache: CacheLocation | None = "auto",
         teacher_cache_half: bool = False,
         compile_mode: CompileMode | None = None,
+        image_size: tuple[int, int] | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -150,13 +155,22 @@ class StfpmExt(AnomalibModule):
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
+        # What a caller gives is in force beside a checkpoint, too.
+        self._given = {
+            "pre_processor": image_size is not None or not isinstance(pre_processor, bool),
+            "post_processor": not isinstance(post_processor, bool),
+        }
+        if image_size is not None and pre_processor is not True:
+            fail(ValueError, "image_size", "None where pre_processor is given, which resizes images itself", image_size)
         if pre_processor is True:
-            config = timm.get_pretrained_cfg(backbone)
-            pre_processor = self.configure_pre_processor(mean=config.mean, std=config.std)
+            config = pretrained_config(backbone)
+            size = config.input_size[1:] if image_size is None and config.fixed_input_size else image_size
+            pre_processor = self.configure_pre_processor(size, config.mean, config.std)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.model = model
+        self.last_trainer: int | None = None  # the id, for Checks
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         if not isinstance(save_teacher, bool):
@@ -211,7 +225,23 @@ class StfpmExt(AnomalibModule):
             STEP_OUTPUT: The batch with anomaly maps and scores.
         """
         del args, kwargs
-        result: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
+        return self._score(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch; see :meth:`validation_step`."""
+        del batch_idx, args, kwargs
+        return self._score(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score a batch; see :meth:`validation_step`."""
+        del batch_idx, dataloader_idx
+        return self._score(batch)
+
+    def _score(self, batch: Batch) -> STEP_OUTPUT:
+        # A trainer's mixed precision is for training. A threshold of bfloat16 maps would not fit those of float32,
+        # which Predictor, exports and other trainers compute.
+        with torch.autocast(self.device.type, enabled=False):
+            result: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
         return result
 
     @property
@@ -256,7 +286,7 @@ class StfpmExt(AnomalibModule):
         """
         return [
             *super().configure_callbacks(),
-            TeacherCheck(),
+            Checks(),
             DistributedSetup(),
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
@@ -272,7 +302,8 @@ class StfpmExt(AnomalibModule):
             checkpoint (dict[str, Any]): Lightning's checkpoint.
         """
         super().on_save_checkpoint(checkpoint)
-        name_network(checkpoint, self.model.teacher_model, self.model.combine_at)
+        name_network(checkpoint, self.model)
+        checkpoint[TRANSFORM_KEY] = getattr(self.pre_processor, "transform", None) is not None
         self.student_selection.save(checkpoint)
         if not self.save_teacher:
             leave_out(checkpoint, self.model.teacher_model)
@@ -286,9 +317,11 @@ class StfpmExt(AnomalibModule):
         Raises:
             ValueError: If network or teacher are others, or, in a fit, ``combine_at`` or ``lr_schedule``.
         """
-        super().on_load_checkpoint(checkpoint)
         saved = check_network(checkpoint, self.model.teacher_model)
+        self._keep_given(checkpoint)
+        super().on_load_checkpoint(checkpoint)
         bring_back(checkpoint, self.model.teacher_model)
+        restore_tiler(self.model, saved, must_match=self._is_fitting)
         if not self._is_fitting:
             self.student_selection.forget()
             return
@@ -299,6 +332,20 @@ class StfpmExt(AnomalibModule):
         if "lr_schedulers" in checkpoint and self.lr_schedule != before:
             fail(ValueError, "lr_schedule", f"{before} as in the checkpoint", self.lr_schedule)
         self.student_selection.resume(checkpoint)
+
+    def _keep_given(self, checkpoint: dict[str, Any]) -> None:
+        """Leave in force what was given beside the checkpoint, and say so; anomalib would replace it in silence."""
+        before = {name: checkpoint.get(f"anomalib_{name}_config") for name in self._given}
+        for name, saved in before.items():
+            component: Any = getattr(self, name)
+            if self._given[name] and saved is not None and hasattr(component, "checkpoint_config"):
+                checkpoint[f"anomalib_{name}_config"] = component.checkpoint_config()
+                if checkpoint[f"anomalib_{name}_config"] != saved:
+                    rank_zero_warn(f"{name}: what was given is in force, and differs from the checkpoint's: {saved}")
+        lost = before["pre_processor"] == {"transform": None} and checkpoint.get(TRANSFORM_KEY, True)
+        if lost and not self._given["pre_processor"] and self.pre_processor:
+            wanted = "the one of the training, since the checkpoint could not hold it (PreProcessor() for none)"
+            fail(ValueError, "pre_processor", wanted, "none")
 
     @property
     def _is_fitting(self) -> bool:
@@ -386,6 +433,7 @@ class StfpmExt(AnomalibModule):
         """
         kwargs.setdefault("teacher_weights", False)
         kwargs.setdefault("seed", None)  # of the training; the caller's random numbers are not ours
+        kwargs.setdefault("image_size", None)  # the checkpoint brings the whole transform
         try:
             model: StfpmExt = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except Exception:

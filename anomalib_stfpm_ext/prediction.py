@@ -44,25 +44,33 @@ class Predictor:
     """Scores single images.
 
     Args:
-        path (Path): A checkpoint of ``StfpmExt`` (``.ckpt``), with which scores are those of ``anomalib predict``, or
-            an export of ``anomalib export --export_type torch`` (``.pt``), with which they are those of anomalib's
-            ``TorchInferencer``.
+        path (str | Path): A checkpoint of ``StfpmExt`` (``.ckpt``), with which scores are those of
+            ``anomalib predict``, or an export of ``anomalib export --export_type torch`` (``.pt``), with which they are
+            those of anomalib's ``TorchInferencer``.
         device (str): ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU if there is one. Defaults to ``"auto"``.
         teacher_weights (Path | None): File of the teacher's weights, for a checkpoint that leaves them out. Defaults to
             ``None``.
+        sensitivity (float | None): Moves the threshold: above 0.5 more images are defective, below 0.5 fewer. Defaults
+            to ``None``, that of the model.
 
     Attributes:
         threshold (float | None): Images with higher scores are defective; ``None`` where no validation has set one.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no such model, or anomalib refuses to load it.
+        ValueError: If it holds no such model, anomalib refuses to load it, or ``sensitivity`` is not from 0 to 1 or has
+            no threshold to move.
     """
 
     def __init__(
-        self, path: Path, device: Literal["auto", "cpu", "cuda"] = "auto", teacher_weights: Path | None = None
+        self,
+        path: str | Path,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        teacher_weights: Path | None = None,
+        sensitivity: float | None = None,
     ) -> None:
         self._network: Callable[[torch.Tensor], InferenceBatch]
+        path = Path(path)
         if path.suffix == ".ckpt":
             model = load_model(path, "checkpoint", teacher_weights)
             if device == "auto":
@@ -81,6 +89,8 @@ class Predictor:
             post_processor = inferencer.model.post_processor
         else:
             fail(ValueError, "checkpoint", "a checkpoint (.ckpt) or an export for torch (.pt)", path)
+        if sensitivity is not None:
+            _move_threshold(post_processor, sensitivity)
         self.threshold = _threshold(post_processor)
 
     @torch.inference_mode()
@@ -100,6 +110,14 @@ class Predictor:
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
         return ImageBatch(image=image[None], **prediction._asdict())
+
+
+def _move_threshold(post_processor: PostProcessor | None, sensitivity: float) -> None:
+    if not 0 <= sensitivity <= 1:
+        fail(ValueError, "sensitivity", "a number from 0 to 1", sensitivity)
+    if post_processor is None or _threshold(post_processor) is None:
+        fail(ValueError, "sensitivity", "a model with a threshold, which a validation sets", "one without")
+    post_processor.image_sensitivity = post_processor.pixel_sensitivity = sensitivity
 
 
 def _threshold(post_processor: PostProcessor | None) -> float | None:

@@ -37,8 +37,22 @@ def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str]
     try:
         return reader(str(path))
     except Exception as error:
-        msg = f"{argument}: {str(path)!r} cannot be read as {kind}: {type(error).__name__}: {error}"
+        reason = _what_it_is(Path(path)) or f"{type(error).__name__}: {error}"
+        msg = f"{argument}: {str(path)!r} cannot be read as {kind}: {reason}"
         raise ValueError(msg) from error
+
+
+def _what_it_is(path: Path) -> str | None:
+    """Say what stands in a file instead of weights, where its first bytes tell."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; 'git lfs pull' fetches the file itself"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, as of a download that failed"
+    return None
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> None:
@@ -64,6 +78,12 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> 
             wrong.append(f"{name} is {found}, wanted {want}")
     if wrong:
         msg = f"{misfit}: {_shorten(wrong)}"
+        raise ValueError(msg)
+    # A post-processor without threshold is NaN by right.
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("post_processor.")}
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        msg = f"{misfit}: wanted finite numbers, got others in {_shorten(broken)}"
         raise ValueError(msg)
     module.load_state_dict(tensors, strict=False)
 

@@ -85,6 +85,11 @@ def test_hooks_are_seen(register):
     assert not _compat.has_hooks(module)
 
 
+def test_compiled_modules_are_seen():
+    assert _compat.is_compiled(torch.compile(nn.ReLU()))
+    assert not _compat.is_compiled(nn.Sequential(nn.ReLU()))
+
+
 def test_programs_return_named_tuples(tmp_path):
     pair = namedtuple("Pair", ["first", "second"])
     pair.__module__ = __name__

@@ -218,5 +218,6 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch):
 
     original = timm.create_model
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(RuntimeError, match="teacher_weights: timm's pretrained weights of 'resnet18' cannot be had"):
+    wanted = r"teacher_weights: timm's pretrained weights of 'resnet18\.tv_in1k' cannot be had"
+    with pytest.raises(RuntimeError, match=wanted):
         StfpmExtModel("resnet18", LAYERS)

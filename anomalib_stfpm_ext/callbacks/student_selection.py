@@ -17,6 +17,7 @@ from .finite_loss import fail_as_diverged, where
 from .fit_resource import FitResource
 from .hold_out import check_share, hold_out
 from .students import Measurement, Students
+from .verdicts import Verdicts
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -28,9 +29,10 @@ class StudentSelection(FitResource):
     """Holds good training images out, measures students on them and keeps the best, as the paper's authors do.
 
     The student is measured before each validation within a fit and at the end of each epoch, before checkpoints are
-    saved and early stopping decides. A validation sees the best student, since threshold and normalisation are saved
-    with it. Lightning does not ask callbacks about checkpoints of weights alone, so the model calls :meth:`save` and
-    :meth:`resume`.
+    saved and early stopping decides. A validation sees the student of its step, the averaged one if there is an
+    average. Its threshold and range are kept with that student. Where no validation fell on the student that is kept,
+    one follows at the end of the fit. Lightning does not ask callbacks about checkpoints of weights alone, so the model
+    calls :meth:`save` and :meth:`resume`.
 
     Args:
         share (float): Share of the good training images that are held out, below 1; with 0 nothing is measured, and the
@@ -60,8 +62,10 @@ class StudentSelection(FitResource):
         self.loader: DataLoader[Any] | None = None
         self._num_images = 0
         self._split_seed = self.seed
-        self._last_step = 0
+        self._step = 0
         self._resumed: dict[str, Any] | None = None
+        self._verdicts: Verdicts | None = None  # from the start of a fit
+        self._closing = False
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: other students and images have no place in it.
@@ -117,6 +121,8 @@ class StudentSelection(FitResource):
         Args:
             checkpoint (dict[str, Any]): Lightning's checkpoint, which is changed.
         """
+        if self._verdicts is not None:
+            self._verdicts.write(checkpoint, self._kept_step)
         if self.students is None:
             return
         best = self.students.best_tensors()
@@ -147,6 +153,11 @@ class StudentSelection(FitResource):
         resumed, self._resumed = self._resumed, None
         if resumed:
             self._check_settings(resumed)
+        model: Any = pl_module
+        self._verdicts = Verdicts(model.post_processor)
+        self._step = trainer.global_step
+        if trainer.ckpt_path is not None:  # the checkpoint's post-processor is that of its student
+            self._verdicts.keep(_best_step(resumed) if resumed and self.share else trainer.global_step)
         if not self.share and self.ema_decay is None:
             return
         if trainer.strategy.restore_checkpoint_after_setup:  # those that shard the model
@@ -160,37 +171,34 @@ class StudentSelection(FitResource):
         if resumed and resumed["images"] != self._num_images:
             wanted = f"{resumed['images']} held-out images as in the checkpoint"
             fail(ValueError, "held_out_share", wanted, self._num_images)
-        model: Any = pl_module
         network, several = model.model.student_model, trainer.world_size > 1
         self.students = Students(network, bool(self.share), self.ema_decay, several, resumed)
         if resumed:
             torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the steps before this fit."""
-        del pl_module
-        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the averaged student follow where a step was made."""
         del pl_module, outputs, batch, batch_idx
-        if self.students and trainer.global_step > self._last_step:
+        if self.students and trainer.global_step > self._step:
             self.students.update_average(trainer.global_step)
-        self._last_step = trainer.global_step
+        self._step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the student, and validate the best one."""
-        if self.students and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        """Measure the student, and validate it."""
+        if self._is_validating(trainer) and self.students and not self._closing:
             self._measure(trainer, pl_module)
-            self.students.show(best=True)
+            self.students.swap_average()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the student in training."""
+        """Keep threshold and range if the student is kept, and go on with the student in training."""
         del pl_module
-        if self.students and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.students.show(best=False)
+        if self._is_validating(trainer) and self._verdicts is not None:
+            if self.students and not self._closing:
+                self.students.swap_average()
+            if self._closing or self._kept_step == trainer.global_step:
+                self._verdicts.keep(self._kept_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the student, unless a validation has since its last step.
@@ -202,9 +210,10 @@ class StudentSelection(FitResource):
             self._measure(trainer, pl_module, prog_bar=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best student."""
-        del trainer, pl_module
+        """Keep the best student, and validate it if no validation has."""
         self.release()
+        if self._verdicts is not None and not self._verdicts.belong_to(self._kept_step):
+            self._validate_kept(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the best student, unless that needs other processes: they may not have met with an exception."""
@@ -212,10 +221,42 @@ class StudentSelection(FitResource):
             super().on_exception(trainer, pl_module, exception)
 
     def release(self) -> None:
-        """Leave the best student in the network, and release the images."""
+        """Leave the best student in the network, with its threshold and range, and release the images."""
         if self.students:
             self.students.show(best=True)
+        if self._verdicts is not None:
+            self._verdicts.restore(self._kept_step)
         self.loader = None
+
+    @property
+    def _kept_step(self) -> int | None:
+        """The step of the student that would be kept if the fit ended now."""
+        if not self.share:
+            return self._step
+        return self.best.step if self.best else None
+
+    def _is_validating(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+    def _validate_kept(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the student that is kept, in the network, as Lightning's loop does within an epoch."""
+        assert self._verdicts is not None
+        model: Any = pl_module
+        if trainer.enable_validation:
+            training = pl_module.training
+            self._closing = trainer.validating = True
+            try:
+                trainer.fit_loop.epoch_loop.val_loop.run()
+            finally:
+                self._closing, trainer.training = False, True
+                pl_module.train(training)
+        if self._verdicts.belong_to(self._kept_step):
+            self._verdicts.complete_files(trainer, model.model.student_model, self._kept_step)
+        else:
+            rank_zero_warn(
+                "post_processor: no validation has set a threshold for the student that is kept, so predictions have "
+                "no verdict. Validate the model with good and defective images."
+            )
 
     def _check_settings(self, resumed: dict[str, Any]) -> None:
         """Raise an error unless the fit goes on with the settings that it began with."""
@@ -243,20 +284,26 @@ class StudentSelection(FitResource):
     def _mean_map(self, trainer: Trainer, module: AnomalibModule) -> float:
         """Compute the mean anomaly map of all held-out images; every process has a share, and all get the result."""
         training, precision = module.model.training, trainer.precision_plugin
+        teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
         module.model.eval()
         sum_and_count = torch.zeros(2, dtype=torch.float64)
         # The loader draws a seed for its workers, which must not change what the training draws.
-        with torch.random.fork_rng(devices=[]), precision.val_step_context():
+        with torch.random.fork_rng(devices=[]), torch.autocast(module.device.type, enabled=False):
             for index, batch in enumerate(self.loader or ()):
                 batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
                 if isinstance(module.pre_processor, Callback):
                     module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-                means = module.model(batch.image, module.cached_teacher).anomaly_map.mean((1, 2, 3))
+                means = module.model(batch.image, teacher).anomaly_map.mean((1, 2, 3))
                 sum_and_count += torch.tensor([means.cpu().double().sum(), len(means)], dtype=torch.float64)
         module.model.train(training)
         if trainer.world_size > 1:
             sum_and_count = trainer.strategy.reduce(sum_and_count.to(module.device), reduce_op="sum")
         return float(sum_and_count[0] / sum_and_count[1])
+
+
+def _best_step(resumed: dict[str, Any]) -> int | None:
+    best = min((Measurement(*one) for one in resumed["history"]), key=lambda one: one.value, default=None)
+    return best and best.step
 
 
 def check_decay(decay: float | None) -> None:

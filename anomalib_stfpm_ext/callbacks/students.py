@@ -89,13 +89,17 @@ class Students:
 
         Of several processes, it has the first one's running statistics.
         """
-        average = {} if self._average is None else self._average.module.state_dict()
-        self._swap(average)
+        self.swap_average()
         try:
             self._take_first_statistics()
             yield
         finally:
-            self._swap(average)
+            self.swap_average()
+
+    def swap_average(self) -> None:
+        """Exchange the averaged student, if there is one, with the one in the network."""
+        if self._average is not None:
+            self._swap(self._average.module.state_dict())
 
     @torch.no_grad()
     def show(self, best: bool) -> None:

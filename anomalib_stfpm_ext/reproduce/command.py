@@ -17,6 +17,7 @@ from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..errors import fail
+from ..files import lock
 from ..lightning_model import StfpmExt
 from .datasets import find_categories
 from .runs import Plan, ReproduceJobGenerator
@@ -76,8 +77,19 @@ def reproduce(
     found = find_categories(data, root, categories or [])
     StfpmExt(**model)  # so that wrong weights are one error now, and those of the internet are fetched once
     plan = Plan(data, root, output, found, model, max_epochs, workers)
-    plan.claim_output()
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        no_lock = lock(file, output, "another process reproduces into it")
+        if no_lock:
+            print(no_lock, file=sys.stderr)
+        plan.claim_output()
+        _run_all(plan, seeds, devices)
+    print((output / "results.md").read_text(encoding="utf-8"))
+    print(f"Tables, checkpoints and contact sheets are in {output}")
 
+
+def _run_all(plan: Plan, seeds: list[int], devices: int) -> None:
+    """Make the runs that have no results yet."""
     generator = ReproduceJobGenerator()
     runner = SerialRunner(generator) if devices == 1 else ParallelRunner(generator, n_jobs=devices)
     try:
@@ -87,9 +99,7 @@ def reproduce(
         msg = f"no results of {', '.join(failed)}, for reasons told above; the same command tries only them again"
         raise RuntimeError(msg) from error
     finally:
-        write_tables(data, output)
-    print((output / "results.md").read_text(encoding="utf-8"))
-    print(f"Tables, checkpoints and contact sheets are in {output}")
+        write_tables(plan.data, plan.output)
 
 
 def make_parser() -> jsonargparse.ArgumentParser:

@@ -24,11 +24,12 @@ from anomalib.visualization.image.functional import overlay_image, visualize_ano
 from PIL import Image
 
 from ..errors import fail
+from ..files import write_file
 from ..lightning_model import StfpmExt
 from ..metrics import measure
 from ..visualization import draw_sheet, pick
 from .datasets import Category
-from .tables import write_file, write_tables
+from .tables import write_tables
 
 PR_SET_PDEATHSIG = 1  # of prctl, from Linux's headers
 

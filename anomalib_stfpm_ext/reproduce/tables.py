@@ -3,12 +3,12 @@
 """Tables of published figures and ours, written anew after each run."""
 
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
 
+from ..files import write_file
 from ..metrics import METRICS
 
 MEAN = "mean of all"  # categories of the data set
@@ -136,11 +136,3 @@ def write_tables(data: str, output: Path) -> None:
     write_file(output / "results.md", to_markdown(data, table))
     write_file(output / "results.csv", table.to_csv(index_label="category"))
     write_file(output / "results.json", table.to_json(orient="index", indent=2))
-
-
-def write_file(file: Path, text: str) -> None:
-    """Write all of a file or none, also where processes write it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)

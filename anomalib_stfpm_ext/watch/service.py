@@ -32,6 +32,7 @@ def watch(
     patience: float = 5.0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     teacher_weights: Path | None = None,
+    sensitivity: float | None = None,
 ) -> None:
     """Score images as they arrive in a folder, until Ctrl-C or SIGTERM.
 
@@ -45,6 +46,7 @@ def watch(
         patience: Seconds for which a file that cannot be read is tried again before it counts as broken.
         device: Where the model runs. Defaults to a GPU if there is one.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
+        sensitivity: From 0 to 1, moves the threshold: above 0.5 more images are defective. Defaults to the model's.
 
     Raises:
         FileNotFoundError: If the folder or the model does not exist.
@@ -59,7 +61,7 @@ def watch(
         fail(ValueError, "interval", "more than 0 seconds", interval)
     if not 0 <= patience < math.inf:
         fail(ValueError, "patience", "at least 0 seconds", patience)
-    predictor, arrivals = Predictor(checkpoint, device, teacher_weights), Arrivals(folder, overlays)
+    predictor, arrivals = Predictor(checkpoint, device, teacher_weights, sensitivity), Arrivals(folder, overlays)
     lost = False
     with ScoreTable(csv) as table:
         scoring = Scoring(predictor, folder, table, overlays, patience)

@@ -3,7 +3,6 @@
 """The table of scores, which is also the memory of the service: what stands there is not scored again."""
 
 import csv
-import fcntl
 import io
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing_extensions import Self
 
 from ..errors import fail
+from ..files import lock
 from .folder import Version
 from .messages import tell
 
@@ -42,10 +42,9 @@ class ScoreTable:
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab+", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, "another process writes to it", str(self._path)) from error
+        no_lock = lock(self._file, self._path, "another process writes to it")
+        if no_lock:
+            tell(no_lock)
         self._file.seek(0)
         content, header = self._file.read(), _line(COLUMNS)
         if content[: len(header)] != header[: len(content)]:

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks at the start of a fit, a validation, a test or a prediction, before any work is lost."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from anomalib.data import AnomalibDataset, PredictDataset
+from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.spec import transform_to_spec
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import Subset
+from torchvision.transforms.v2 import CenterCrop, Normalize, Resize, Transform
+
+from .._compat import is_compiled
+from ..backbones import pretrained_config
+from ..errors import fail
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+class Checks(Callback):
+    """Refuses what would end in a wrong verdict, and warns of what may."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what the trainer does to numbers.
+
+        Raises:
+            ValueError: If the trainer's precision is not one that the model can be scored in.
+        """
+        del pl_module, stage
+        if trainer.precision not in PRECISIONS:
+            fail(ValueError, "precision", f"one of {PRECISIONS}", repr(trainer.precision))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check trainer, images and teacher.
+
+        Raises:
+            ValueError: If the trainer has been used up, a checkpoint cannot hold the transform, or the backbone takes
+                images of another size.
+        """
+        model: Any = pl_module
+        check_trainer(trainer, model)
+        check_rivals(trainer, model)
+        check_transform(model.pre_processor)
+        check_image_size(model)
+        check_normalisation(model)
+        check_crop(model)
+        check_teacher(model)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once what is trained on, held out and validated."""
+        tell_counts(trainer, pl_module)
+        check_collation(trainer.train_dataloader)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the teacher, unless the start of the fit has."""
+        check_collation(trainer.val_dataloaders)
+        if trainer.state.fn != TrainerFn.FITTING:
+            check_teacher(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check teacher and images."""
+        check_teacher(pl_module)
+        check_collation(trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check teacher, images and threshold."""
+        check_teacher(pl_module)
+        check_collation(trainer.predict_dataloaders)
+        check_threshold(pl_module)
+
+
+def check_teacher(model: Any) -> None:
+    """Warn of a teacher that no weights were loaded for."""
+    if model.model.teacher_model.is_random:
+        rank_zero_warn(
+            "teacher_weights: wanted True, a file, or a checkpoint that brings them, got False and no checkpoint: "
+            "the teacher is random, and so is what it finds."
+        )
+
+
+def check_threshold(model: Any) -> None:
+    """Warn of predictions without verdicts: anomalib's labels are wrong where there is no threshold."""
+    processor = model.post_processor
+    if getattr(processor, "enable_thresholding", False) and processor.image_threshold.isnan():
+        rank_zero_warn(
+            "post_processor: there is no threshold, since no validation has set one. The labels of these predictions "
+            "mean nothing; validate the model with good and defective images first."
+        )
+
+
+def tell_counts(trainer: Trainer, model: Any) -> None:
+    """Say how many images there are for what, and warn of a validation that cannot set a useful threshold."""
+    training, held_out = _dataset(trainer.train_dataloader), _dataset(model.student_selection.loader)
+    counts = [f"{_length(training)} images to train on", f"{_length(held_out)} held out"]
+    labels = _labels(trainer)
+    if labels is not None:
+        good, defective = labels.count(0), labels.count(1)
+        counts.append(f"{good} good and {defective} defective ones to validate on")
+        if not good or not defective:
+            rank_zero_warn(
+                f"validation: it has {good} good and {defective} defective images. A threshold needs some of both; "
+                "anomalib then takes the highest score, or one below all."
+            )
+    rank_zero_info(f"Images: {', '.join(counts)}.")
+
+
+def _dataset(loader: Any) -> Any:
+    return getattr(loader, "dataset", ())
+
+
+def _length(dataset: Any) -> int | str:
+    try:
+        return len(dataset)
+    except TypeError:
+        return "an unknown number of"
+
+
+def _labels(trainer: Trainer) -> list[int] | None:
+    """Return the labels of anomalib's validation images, or ``None`` where they are not known."""
+    data: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
+    samples = getattr(data, "samples", None)
+    return None if samples is None or not trainer.enable_validation else samples.label_index.tolist()
+
+
+def check_collation(loaders: Any) -> None:
+    """Warn once of loaders that stretch the images of a batch to the largest, which anomalib's data modules do not."""
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        dataset = _dataset(loader)
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        resized = any(isinstance(part, Resize) for part in parts(getattr(dataset, "augmentations", None)))
+        several = getattr(loader, "batch_size", 1) != 1
+        if isinstance(dataset, AnomalibDataset | PredictDataset) and several and not resized:
+            rank_zero_warn(
+                "DataLoader: images of a batch that differ in size are stretched to the largest, so that a score "
+                "depends on its neighbours. Give the data set augmentations=Resize(...), or use a data module."
+            )
+
+
+def check_trainer(trainer: Trainer, model: Any) -> None:
+    """Raise unless the trainer is new, resumes a checkpoint, or goes on with the model that it has trained.
+
+    Lightning keeps the progress and the loader of an earlier fit: another model would be trained on the earlier images
+    from the earlier epoch on, or not at all.
+    """
+    same_model, model.last_trainer = model.last_trainer == id(trainer), id(trainer)
+    if trainer.ckpt_path is None and trainer.global_step > 0 and (trainer.fit_loop.done or not same_model):
+        wanted = "a new Engine (or Trainer) for each fit, or a checkpoint to go on from"
+        fail(ValueError, "engine", wanted, f"one that has trained for {trainer.global_step} steps already")
+
+
+def check_rivals(trainer: Trainer, model: Any) -> None:
+    """Raise where something else changes the weights or their names, and the student that is kept would be wrong."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            fail(ValueError, "callbacks", "ema_decay=... of StfpmExt for an average", type(callback).__qualname__)
+    if any(map(is_compiled, model.modules())):
+        fail(ValueError, "model", "compile_mode=... of StfpmExt for torch.compile", "a network compiled already")
+
+
+def check_transform(pre_processor: Any) -> None:
+    """Raise unless checkpoints can hold the transform of the images.
+
+    anomalib 2.7 saves a checkpoint without the transform otherwise, and whoever loads it scores raw pixels.
+    """
+    if isinstance(pre_processor, PreProcessor) and pre_processor.checkpoint_config().get("transform") is None:
+        try:
+            transform_to_spec(pre_processor.transform)
+        except ValueError as error:
+            wanted = "transforms that a checkpoint can hold (random ones belong into train_augmentations of the data)"
+            fail(ValueError, "pre_processor", wanted, error)
+
+
+def check_image_size(model: Any) -> None:
+    """Raise where the backbone takes images of one size, and the pre-processor makes others."""
+    backbone = model.model.teacher_model.backbone
+    config, size = pretrained_config(backbone), image_size(model.pre_processor)
+    if config is not None and config.fixed_input_size and size not in (None, config.input_size[1:]):
+        fail(ValueError, "image_size", f"{config.input_size[1:]}, the one size of {backbone!r}", size)
+
+
+def check_normalisation(model: Any) -> None:
+    """Warn where images are not normalised as the teacher was trained."""
+    config = pretrained_config(model.model.teacher_model.backbone)
+    if config is None or not isinstance(model.pre_processor, PreProcessor):
+        return
+    found = [part for part in parts(model.pre_processor.transform) if isinstance(part, Normalize)]
+    got = (tuple(found[-1].mean), tuple(found[-1].std)) if found else None
+    if got != (tuple(config.mean), tuple(config.std)):
+        rank_zero_warn(
+            f"pre_processor: the teacher was trained on images with mean {config.mean} and standard deviation "
+            f"{config.std}, and these get {'no normalisation' if got is None else got}. "
+            "image_size=(height, width) changes the size alone."
+        )
+
+
+def check_crop(model: Any) -> None:
+    """Warn where the pre-processor cuts parts of the images away."""
+    if any(isinstance(part, CenterCrop) for part in parts(getattr(model.pre_processor, "transform", None))):
+        rank_zero_warn(
+            "pre_processor: it crops the images. Defects outside of the crop are not seen, and anomalib draws maps and "
+            "masks over the whole image, so that they lie in the wrong place."
+        )
+
+
+def image_size(pre_processor: Any) -> tuple[int, ...] | None:
+    """Return the height and width that a pre-processor makes, or ``None`` where it does not say."""
+    sized = [part for part in parts(getattr(pre_processor, "transform", None)) if isinstance(part, Resize | CenterCrop)]
+    size = tuple(sized[-1].size) if sized and sized[-1].size is not None else ()
+    return size if len(size) == 2 else None
+
+
+def parts(transform: Transform | None) -> Iterator[Transform]:
+    """Iterate over a transform's parts, those of compositions too."""
+    if transform is not None:
+        inner = getattr(transform, "transforms", None)
+        if inner is None:
+            yield transform
+        for part in inner or ():
+            yield from parts(part)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files that several processes may want: written in full or not at all, and locked where the file system can."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import IO, Any
+
+# What network drives answer that know no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write all of a file or none, also where processes write it at the same time.
+
+    Args:
+        file (Path): The file. Its folder is made if need be.
+        text (str): What it is to hold.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+def lock(file: IO[Any], path: Path, holder: str) -> str | None:
+    """Lock an open file until it is closed.
+
+    Args:
+        file (IO): The file.
+        path (Path): Its path, for the error.
+        holder (str): Who has the lock otherwise, for the error.
+
+    Returns:
+        str | None: Why there is no lock, where the file system knows none.
+
+    Raises:
+        BlockingIOError: If another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, holder, str(path)) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return f"{path}: the file system knows no locks ({error.strerror}), so nothing keeps a second process away"
+    return None

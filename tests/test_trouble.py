@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What can go wrong, by the rows of docs/trouble.md: no wrong verdict in silence."""
+
+import errno
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from anomalib.callbacks import TilerConfigurationCallback
+from anomalib.data.utils import read_image
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from helpers import folder
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import CenterCrop, Compose, GaussianBlur, Normalize, Resize
+
+from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
+from anomalib_stfpm_ext.backbones import pretrained_name
+from anomalib_stfpm_ext.convert import save_checkpoint
+from anomalib_stfpm_ext.feature_pyramid import Teacher
+from anomalib_stfpm_ext.files import lock
+from anomalib_stfpm_ext.watch.table import ScoreTable
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+IMAGENET = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.fixture
+def make_model(resnet18_weights):
+    def make(**arguments) -> StfpmExt:
+        settings = {"layers": ["layer1", "layer2"], "teacher_weights": resnet18_weights, "lr": 0.05, "seed": 0}
+        if "pre_processor" not in arguments:
+            settings["image_size"] = (48, 64)
+        return StfpmExt("resnet18", **(settings | {"visualizer": False} | arguments))
+
+    return make
+
+
+@pytest.fixture
+def fit(images, tmp_path):
+    def run(model, epochs=1, **arguments) -> Engine:
+        engine = Engine(default_root_dir=tmp_path, max_epochs=epochs, **QUIET, **arguments)
+        engine.fit(model, datamodule=folder(images))
+        return engine
+
+    return run
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the user is told, once each."""
+    said: list[str] = []
+    for module in ("callbacks.checks", "lightning_model", "feature_pyramid", "callbacks.student_selection"):
+        for function in ("rank_zero_warn", "rank_zero_info"):
+            target = f"anomalib_stfpm_ext.{module}.{function}"
+            monkeypatch.setattr(target, lambda message, *_, **__: said.append(str(message)), raising=False)
+    return said
+
+
+def trained_student(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.model.student_model.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_transforms_that_a_checkpoint_cannot_hold_are_refused_before_training(make_model, fit):
+    model = make_model(pre_processor=PreProcessor(Compose([Resize((48, 64)), GaussianBlur(3), IMAGENET])))
+    with pytest.raises(ValueError, match=r"pre_processor: wanted transforms that a checkpoint can hold.*GaussianBlur"):
+        fit(model)
+
+
+@pytest.fixture
+def checkpoint_without_transform(make_model, tmp_path):
+    """Write what anomalib makes of a transform that it cannot save."""
+    path = tmp_path / "lost.ckpt"
+    save_checkpoint(make_model(), path)
+    content = torch.load(path, weights_only=True)
+    content["anomalib_pre_processor_config"] = {"transform": None}
+    torch.save(content, path)
+    return path
+
+
+def test_checkpoints_that_have_lost_their_transform_are_refused(checkpoint_without_transform):
+    with pytest.raises(ValueError, match="pre_processor: wanted the one of the training"):
+        load_model(checkpoint_without_transform)
+    given = PreProcessor(Compose([Resize((48, 64)), IMAGENET]))
+    model = StfpmExt.load_from_checkpoint(checkpoint_without_transform, pre_processor=given)
+    assert model.pre_processor.transform is given.transform
+
+
+def test_models_without_transform_have_none_in_their_checkpoint(make_model, tmp_path):
+    save_checkpoint(make_model(pre_processor=PreProcessor()), tmp_path / "none.ckpt")
+    assert load_model(tmp_path / "none.ckpt").pre_processor.transform is None
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 1}, {"epochs": -1, "max_steps": 2}])
+def test_an_engine_that_has_trained_is_refused(make_model, fit, images, limit):
+    model = make_model()
+    engine = fit(model, **limit)
+    for other in (make_model(), model):  # neither another model nor the same one would be trained
+        with pytest.raises(ValueError, match="engine: wanted a new Engine"):
+            engine.fit(other, datamodule=folder(images))
+
+
+def test_an_engine_that_has_not_finished_goes_on_with_its_model_alone(make_model, fit, images):
+    model = make_model()
+    engine = fit(model, epochs=1)
+    before = trained_student(model)
+    engine.trainer.fit_loop.max_epochs = 2
+    engine.fit(model, datamodule=folder(images))
+    assert engine.trainer.current_epoch == 2
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained_student(model).items())
+    engine.trainer.fit_loop.max_epochs = 3
+    with pytest.raises(ValueError, match="engine: wanted a new Engine"):
+        engine.fit(make_model(), datamodule=folder(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet18", "resnet18.tv_in1k"),
+        ("wide_resnet50_2", "wide_resnet50_2.tv_in1k"),
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k"),
+    ],
+)
+def test_names_without_tag_stand_for_torchvisions_weights(name, weights, monkeypatch, told):
+    asked = []
+    create = timm.create_model
+
+    def spy(backbone, pretrained=False, **arguments):
+        if pretrained:
+            asked.append(backbone)
+        return create(backbone, pretrained=False, **arguments)
+
+    assert pretrained_name(name) == weights
+    monkeypatch.setattr(timm, "create_model", spy)
+    Teacher(name, ["layer1"] if "resnet" in name else ["blocks.1"])
+    assert asked == [weights]
+    assert (told == []) == (name == weights)
+    assert all(f"backbone {name!r} stands for the weights {weights!r}" in message for message in told)
+
+
+def test_what_is_given_beside_a_checkpoint_is_in_force(make_model, tmp_path, told):
+    path = tmp_path / "model.ckpt"
+    save_checkpoint(make_model(), path)
+    model = StfpmExt.load_from_checkpoint(path, post_processor=PostProcessor(image_sensitivity=0.9))
+    assert model.post_processor.image_sensitivity == 0.9
+    assert any(message.startswith("post_processor: what was given is in force") for message in told)
+    told.clear()
+    model = StfpmExt.load_from_checkpoint(path, image_size=(32, 40))
+    assert model.pre_processor.transform.transforms[0].size == [32, 40]
+    assert any(message.startswith("pre_processor: what was given is in force") for message in told)
+    told.clear()
+    model = StfpmExt.load_from_checkpoint(path)
+    assert model.pre_processor.transform.transforms[0].size == [48, 64]
+    assert told == []
+
+
+def test_the_image_size_leaves_the_normalisation_alone(make_model, tmp_path):
+    model = make_model(image_size=(32, 40))
+    resize, normalise = model.pre_processor.transform.transforms
+    assert list(resize.size) == [32, 40]
+    assert list(normalise.mean) == [0.485, 0.456, 0.406]
+    save_checkpoint(model, tmp_path / "model.ckpt")
+    assert list(load_model(tmp_path / "model.ckpt").pre_processor.transform.transforms[0].size) == [32, 40]
+    with pytest.raises(ValueError, match="image_size: wanted None where pre_processor is given"):
+        make_model(image_size=(32, 40), pre_processor=PreProcessor())
+
+
+def test_another_normalisation_than_the_teachers_is_told(make_model, fit, told):
+    fit(make_model(pre_processor=PreProcessor(Resize((48, 64)))))
+    assert any("these get no normalisation" in message for message in told)
+    told.clear()
+    fit(make_model())
+    assert not any("normalisation" in message for message in told)
+
+
+def test_backbones_of_one_size():
+    model = StfpmExt("swin_tiny_patch4_window7_224", ["layers.0", "layers.1"], teacher_weights=False)
+    assert list(model.pre_processor.transform.transforms[0].size) == [224, 224]
+
+
+def test_other_sizes_of_such_backbones_are_refused(fit):
+    model = StfpmExt("swin_tiny_patch4_window7_224", ["layers.0"], teacher_weights=False, image_size=(64, 64))
+    with pytest.raises(ValueError, match=r"image_size: wanted \(224, 224\), the one size of 'swin_tiny"):
+        fit(model)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_precisions_that_change_the_weights_are_refused(make_model, fit, precision):
+    with pytest.raises(ValueError, match="precision: wanted one of"):
+        fit(make_model(), precision=precision)
+
+
+def test_scores_of_a_mixed_precision_training_are_those_of_float32(make_model, fit, images):
+    model = make_model()
+    engine = fit(model, precision="bf16-mixed")
+    (batch,) = engine.predict(model, datamodule=folder(images, eval_batch_size=8), ckpt_path=engine.best_model_path)
+    predict = Predictor(engine.best_model_path, "cpu")
+    for image, score in zip(batch.image_path, batch.pred_score, strict=True):
+        assert predict(read_image(image, as_tensor=True)).pred_score.item() == pytest.approx(score.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("other", "backbone"), [("resnet34", "resnet18"), ("resnet101", "resnet50")])
+def test_weights_of_a_deeper_network_are_refused(other, backbone, tmp_path):
+    torch.save(timm.create_model(other).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"teacher_weights: wanted weights of '{backbone}', got those of another"):
+        Teacher(backbone, ["layer1", "layer2"], tmp_path / "other.pth")
+
+
+def test_predictions_without_a_threshold_are_told(make_model, fit, images, told):
+    model = make_model()
+    engine = fit(model, limit_val_batches=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine.predict(model, datamodule=folder(images), ckpt_path=engine.best_model_path)
+    assert any("there is no threshold" in message for message in told)
+
+
+def test_tiles_are_in_the_checkpoint(make_model, images, tmp_path):
+    tiles = TilerConfigurationCallback(enable=True, tile_size=32, stride=16)
+    model = make_model(image_size=(64, 64))
+    engine = Engine(callbacks=[tiles], default_root_dir=tmp_path, max_epochs=1, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    (expected,) = engine.predict(model, datamodule=folder(images, eval_batch_size=8))
+    predict = Predictor(engine.best_model_path, "cpu")
+    for path, score in zip(expected.image_path, expected.pred_score, strict=True):
+        assert predict(read_image(path, as_tensor=True)).pred_score.item() == pytest.approx(score.item(), abs=1e-4)
+    with pytest.raises(ValueError, match=r"tiler: wanted .*as in the checkpoint, got None"):
+        Engine(default_root_dir=tmp_path, max_epochs=2, **QUIET).fit(
+            make_model(image_size=(64, 64)), datamodule=folder(images), ckpt_path=engine.best_model_path
+        )
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+@pytest.mark.parametrize("share", [0.2, 0])
+def test_the_student_that_is_kept_has_its_own_threshold(make_model, images, tmp_path, every, share):
+    model = make_model(held_out_share=share)
+    engine = Engine(default_root_dir=tmp_path, max_epochs=5, check_val_every_n_epoch=every, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    for kept in (model, load_model(engine.best_model_path)):
+        found = {name: tensor.clone() for name, tensor in kept.post_processor.state_dict().items()}
+        Engine(default_root_dir=tmp_path, **QUIET).validate(kept, datamodule=folder(images))
+        for name, tensor in kept.post_processor.state_dict().items():
+            torch.testing.assert_close(tensor, found[name], equal_nan=True)
+        assert not kept.post_processor.image_threshold.isnan()
+
+
+def test_a_validation_sees_the_student_of_its_step(make_model, images, tmp_path):
+    seen = {}
+
+    class Look(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            seen[trainer.global_step] = trained_student(pl_module)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch:
+                assert same(trained_student(pl_module), seen[trainer.global_step])
+
+    model = make_model(lr=0.4)
+    engine = Engine(callbacks=[Look()], default_root_dir=tmp_path, max_epochs=3, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    best = model.student_selection.best
+    assert same(trained_student(model), seen[best.step])
+
+
+@pytest.mark.parametrize("callback", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.1)])
+def test_other_averages_are_refused(make_model, images, tmp_path, callback):
+    engine = Engine(callbacks=[callback()], default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    with pytest.raises(ValueError, match="callbacks: wanted ema_decay="):
+        engine.fit(make_model(), datamodule=folder(images))
+
+
+def test_compiled_networks_are_refused(make_model, fit):
+    model = make_model()
+    model.model.student_model = torch.compile(model.model.student_model)
+    with pytest.raises(ValueError, match="model: wanted compile_mode="):
+        fit(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"fast_dev_run": True}, {"overfit_batches": 1}, {"limit_train_batches": 1}, {"limit_val_batches": 1}],
+)
+def test_shortened_fits_leave_the_right_student(make_model, fit, options):
+    model = make_model()
+    fit(model, epochs=2, **options)
+    selection = model.student_selection
+    assert selection.best is not None
+    assert same(trained_student(model), selection.students.best_tensors())
+
+
+def test_crops_are_told(make_model, fit, told):
+    fit(make_model(pre_processor=PreProcessor(Compose([Resize((64, 64)), CenterCrop((48, 48)), IMAGENET]))))
+    assert any("it crops the images" in message for message in told)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b"", "it is empty"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_hold_no_weights_say_what_they_are(tmp_path, content, reason, suffix):
+    (tmp_path / f"teacher{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=f"teacher_weights: .*teacher{suffix}.*{reason}"):
+        Teacher("resnet18", ["layer1"], tmp_path / f"teacher{suffix}")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_of_other_programs_are_read(tmp_path, prefix, half, monkeypatch):
+    weights = timm.create_model("test_resnet").state_dict()
+    saved = {prefix + name: tensor.half() if half else tensor for name, tensor in weights.items()}
+    torch.save({"state_dict": saved, "optimizer": {"state": {}}, "epoch": 3}, tmp_path / "training.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher = Teacher("test_resnet", ["layer1"], "~/training.pth")
+    torch.testing.assert_close(
+        teacher.feature_extractor.conv1[0].weight, weights["conv1.0.weight"], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = timm.create_model("test_resnet").state_dict()
+    weights["conv1.0.weight"][0] = torch.nan
+    torch.save(weights, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=r"teacher_weights: .*wanted finite numbers, got others in conv1.0.weight"):
+        Teacher("test_resnet", ["layer1"], tmp_path / "nan.pth")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_systems_without_locks_are_a_warning(tmp_path, monkeypatch, capsys, code):
+    def refuse(*_):
+        raise OSError(code, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with ScoreTable(tmp_path / "scores.csv") as table:
+        assert table.known == {}
+    assert "the file system knows no locks" in capsys.readouterr().err
+
+
+def test_two_reproductions_into_one_folder(tmp_path):
+    with (tmp_path / ".lock").open("w") as first, (tmp_path / ".lock").open("w") as second:
+        assert lock(first, tmp_path, "another process") is None
+        with pytest.raises(BlockingIOError, match="another process"):
+            lock(second, tmp_path, "another process")
+
+
+def test_what_is_trained_on_is_told_once(make_model, fit, told):
+    fit(make_model(), epochs=2)
+    expected = "Images: 6 images to train on, 2 held out, 2 good and 2 defective ones to validate on."
+    assert [message for message in told if message.startswith("Images")] == [expected]
+    assert not any(message.startswith("validation") for message in told)
+
+
+def test_a_validation_of_good_images_only_is_told(make_model, images, tmp_path, told):
+    data = folder(images, abnormal_dir=None, test_split_mode="from_dir", val_split_mode="same_as_test")
+    Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(make_model(), datamodule=data)
+    assert any("it has 4 good and 0 defective images" in message for message in told)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pt"])
+def test_the_threshold_can_be_moved(make_model, fit, images, tmp_path, suffix, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model = make_model()
+    path = Path(fit(model).best_model_path)
+    path = path if suffix == "ckpt" else model.to_torch(tmp_path)
+    picture = read_image(images / "bad" / "0.png", as_tensor=True)
+    for sensitivity, defective in ((0.01, False), (0.99, True)):
+        predict = Predictor(path, "cpu", sensitivity=sensitivity)
+        assert predict.threshold == pytest.approx(1 - sensitivity)
+        assert predict(picture).pred_label.item() is defective
+    with pytest.raises(ValueError, match="sensitivity: wanted a number from 0 to 1, got 2"):
+        Predictor(path, "cpu", sensitivity=2)
+
+
+def test_loaders_that_stretch_images_are_told(make_model, images, tmp_path, told):
+    data = folder(images)
+    data.setup()
+    for augmentations, stretched in ((None, True), (Resize((48, 64)), False)):
+        told.clear()
+        data.train_data.augmentations = augmentations
+        loader = DataLoader(data.train_data, batch_size=4, collate_fn=data.train_data.collate_fn)
+        engine = Engine(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=0, **QUIET)
+        engine.fit(make_model(), train_dataloaders=loader)
+        assert any(message.startswith("DataLoader: images of a batch") for message in told) == stretched
