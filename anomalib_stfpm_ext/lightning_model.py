@@ -13,7 +13,7 @@ import _anomalib_stfpm_ext_autoload
 import timm
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -36,6 +36,7 @@ from .callbacks.teacher_check import TeacherCheck
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network
 from .errors import fail
 from .loss import StfpmExtLoss
+from .resizing import exportable, pre_process
 from .torch_model import CompileMode, StfpmExtModel
 from .weights import read_file
 
@@ -341,6 +342,21 @@ class StfpmExt(AnomalibModule):
             Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))])
         )
 
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
+        """Give verdicts on images of any size, as exports do: those of ``anomalib predict``.
+
+        Args:
+            batch (torch.Tensor): Images ``(B, 3, H, W)`` of 0 to 1.
+            args: Unused.
+            kwargs: Unused.
+
+        Returns:
+            InferenceBatch: Anomaly maps, scores and, if the post-processor has a threshold, masks and labels.
+        """
+        del args, kwargs
+        result: InferenceBatch = self.model(pre_process(self.pre_processor, batch))
+        return self.post_processor(result) if self.post_processor else result
+
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export the model for torch, frozen: anomalib's ``TorchInferencer`` leaves gradients enabled.
 
@@ -359,6 +375,24 @@ class StfpmExt(AnomalibModule):
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+        return path
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export the model for ONNX, on the way to OpenVINO, too.
+
+        Args:
+            args: As in ``AnomalibModule.to_onnx``.
+            kwargs: Likewise.
+
+        Returns:
+            Path: The exported file.
+
+        Raises:
+            ValueError: If the pre-processor antialiases otherwise than bilinearly, which no runtime does as torch does.
+        """
+        if self.pre_processor and self.pre_processor.transform:
+            exportable(self.pre_processor.transform)  # complains here, where torch does not wrap the error in its own
+        path: Path = super().to_onnx(*args, **kwargs)
         return path
 
     def unfreeze(self) -> None:

@@ -2,19 +2,26 @@
 
 """Every export and inferencer of anomalib gives the maps of the eager model."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from anomalib.models import Stfpm
+from anomalib.pre_processing import PreProcessor
 from helpers import folder
+from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
+from anomalib_stfpm_ext.resizing import exportable, resize_by_matrices
 
 BACKBONE, LAYERS = "test_efficientnet", ["blocks.1", "blocks.2"]
 SIZE = (64, 96)
@@ -78,11 +85,95 @@ def test_onnx(onnx, batch, expected):
             np.testing.assert_allclose(result[name], value[: len(images)], **SAME)
 
 
+@pytest.fixture(scope="module")
+def raw_model() -> StfpmExt:
+    """Raw scores, which nothing cuts off at 0 and 1."""
+    pre_processor = StfpmExt.configure_pre_processor(SIZE)
+    return StfpmExt(BACKBONE, LAYERS, False, seed=0, pre_processor=pre_processor, post_processor=False).eval()
+
+
+@pytest.fixture(scope="module")
+def exports(raw_model, tmp_path_factory) -> dict[str, Callable[[torch.Tensor], Mapping[str, np.ndarray]]]:
+    root = tmp_path_factory.mktemp("exports")
+    network = torch.load(raw_model.to_torch(root), weights_only=False)["model"]
+    path = raw_model.to_onnx(root)
+    openvino = OpenVINOInferencer(raw_model.to_openvino(root), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {
+        "torch": lambda images: network(images)._asdict(),
+        "onnx": lambda images: run(path, images),
+        "openvino": lambda images: vars(openvino.predict(images)),
+    }
+
+
+@pytest.mark.parametrize("export", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("size", [(600, 500), (40, 90), SIZE], ids=["photograph", "small", "fitting"])
+def test_images_of_any_size_get_the_scores_of_anomalib_predict(raw_model, exports, size, export):
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    pre_processor = raw_model.pre_processor
+    with torch.no_grad():
+        expected = raw_model.model(pre_processor.transform(images))
+        without_antialias = raw_model.model(pre_processor.export_transform(images)).pred_score
+    if size == (600, 500):  # else antialiasing were not seen
+        assert abs(without_antialias / expected.pred_score - 1) > 0.05
+    result = exports[export](images)
+    for name in ("pred_score", "anomaly_map"):
+        np.testing.assert_allclose(result[name].squeeze(), getattr(expected, name).squeeze(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("before", [(600, 500), (64, 96), (40, 90), (97, 7)])
+def test_matrices_resize_as_torch_does(before):
+    images = torch.rand(2, 3, *before)
+    expected = interpolate(images, SIZE, mode="bilinear", antialias=True)
+    torch.testing.assert_close(resize_by_matrices(images, SIZE), expected, rtol=0, atol=1e-5)
+
+
+def test_shorter_side_and_crop(tmp_path):
+    pre_processor = PreProcessor(Compose([Resize(72), CenterCrop((64, 64))]))
+    model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor, post_processor=False).eval()
+    images = torch.rand(1, 3, 200, 300)
+    with torch.no_grad():
+        expected = model.model(pre_processor.transform(images)).anomaly_map
+    path = model.to_onnx(tmp_path, opset_version=18, input_size=(200, 300))
+    np.testing.assert_allclose(run(path, images)["anomaly_map"], expected, rtol=1e-4)
+
+
+def test_antialias_that_onnx_lacks(tmp_path):
+    pre_processor = PreProcessor(Resize(SIZE, "bicubic"))
+    model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor)
+    with pytest.raises(ValueError, match=r"^pre_processor: wanted Resize with bilinear .* got antialias with bicubic$"):
+        model.to_onnx(tmp_path, opset_version=18)
+
+
+def test_pre_processor_with_a_forward_of_its_own():
+    class Brighter(PreProcessor):
+        def forward(self, batch):
+            return super().forward(batch) + 1
+
+    model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=Brighter(), post_processor=False).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), model.model(images + 1))
+
+
+def test_other_models_resize_as_before(tmp_path, monkeypatch):
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create_model(*a, **{**k, "pretrained": False}))
+    pre_processor = StfpmExt.configure_pre_processor(SIZE)
+    stock = Stfpm(BACKBONE, LAYERS, pre_processor=pre_processor, post_processor=False).eval()
+    images = torch.rand(1, 3, 200, 300)
+    with torch.no_grad():
+        before = stock(images)
+        StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor).to_onnx(tmp_path, opset_version=18)
+        torch.testing.assert_close(stock(images), before, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(pre_processor(images), pre_processor.transform(images))
+
+
 def test_torchs_older_onnx_exporter(model, batch, tmp_path):
     """Torch still has it, anomalib 2.7 no longer."""
     settings = {"input_names": ["input"], "output_names": ["pred_score", "anomaly_map"]}
     settings |= {"dynamic_axes": {name: {0: "batch"} for names in settings.values() for name in names}}
-    network = torch.nn.Sequential(model.pre_processor.export_transform, model.model).eval()
+    network = torch.nn.Sequential(exportable(model.pre_processor.transform), model.model).eval()
     torch.onnx.export(network, (batch[:2],), tmp_path / "model.onnx", dynamo=False, **settings)
     with torch.no_grad():
         raw = network(batch)
