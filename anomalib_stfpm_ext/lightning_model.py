@@ -14,6 +14,7 @@ import timm
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -35,6 +36,7 @@ from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .callbacks.teacher_check import TeacherCheck
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network
 from .errors import fail
+from .float16 import float16_range, largest_score
 from .loss import StfpmExtLoss
 from .resizing import exportable, pre_process
 from .torch_model import CompileMode, StfpmExtModel
@@ -392,7 +394,37 @@ class StfpmExt(AnomalibModule):
         """
         if self.pre_processor and self.pre_processor.transform:
             exportable(self.pre_processor.transform)  # complains here, where torch does not wrap the error in its own
-        path: Path = super().to_onnx(*args, **kwargs)
+        with float16_range(self.model, self.post_processor):
+            path: Path = super().to_onnx(*args, **kwargs)
+        return path
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export the model for OpenVINO.
+
+        Args:
+            export_root (Path | str): As in ``AnomalibModule.to_openvino``.
+            model_file_name (str): Likewise. Defaults to ``"model"``.
+            input_size (tuple[int, int] | None): Likewise. Defaults to ``None``.
+            compression_type (CompressionType | None): Likewise. Defaults to ``None``.
+            kwargs: Likewise.
+
+        Returns:
+            Path: The exported file.
+
+        Raises:
+            ValueError: If it is to be compressed to float16, which does not hold the raw scores that the model gives.
+        """
+        if compression_type == CompressionType.FP16 and largest_score(self.post_processor) is None:
+            wanted = "another than FP16, since no post-processor normalises scores, or they have not been validated"
+            fail(ValueError, "compression_type", wanted, compression_type)
+        path: Path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
         return path
 
     def unfreeze(self) -> None:
