@@ -265,7 +265,8 @@ def test_export_leaves_model_and_statistics_as_they_are(faint_model, tmp_path, m
     def fail(*_args, **_settings):
         assert faint_model.model.gain > 10
         assert faint_model.post_processor.pixel_max == pytest.approx(1, rel=1e-3)
-        raise OSError("full")
+        msg = "full"
+        raise OSError(msg)
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(OSError, match="full"):
