@@ -44,9 +44,8 @@ class Predictor:
     """Scores single images.
 
     Args:
-        path (str | Path): A checkpoint of ``StfpmExt`` (``.ckpt``), with which scores are those of
-            ``anomalib predict``, or an export of ``anomalib export --export_type torch`` (``.pt``), with which they are
-            those of anomalib's ``TorchInferencer``.
+        path (str | Path): A checkpoint of ``StfpmExt`` (``.ckpt``), or an export of
+            ``anomalib export --export_type torch`` (``.pt``). The scores are those of ``anomalib predict``.
         device (str): ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU if there is one. Defaults to ``"auto"``.
         teacher_weights (Path | None): File of the teacher's weights, for a checkpoint that leaves them out. Defaults to
             ``None``.
@@ -76,10 +75,7 @@ class Predictor:
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self._device = torch.device(device)
-            model.to(self._device)
-            # anomalib's predict, step by step. The model as a whole resizes as exported models do, without antialias.
-            steps = [model.pre_processor and model.pre_processor.transform, model.model, model.post_processor]
-            self._network = torch.nn.Sequential(*(step for step in steps if step is not None))
+            self._network = model.to(self._device)
             post_processor = model.post_processor
         elif path.suffix in {".pt", ".pth"}:
             inferencer: TorchInferencer = read_file(

@@ -48,6 +48,7 @@ class StfpmExtModel(nn.Module):
             :class:`anomalib_stfpm_ext.feature_pyramid.Teacher` does.
 
     Attributes:
+        gain (float): What each level's distances are multiplied by; other than 1 only while ``StfpmExt.to_onnx`` runs.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
 
     Example:
@@ -57,6 +58,8 @@ class StfpmExtModel(nn.Module):
         >>> model(torch.zeros(2, 3, 64, 64)).anomaly_map.shape
         torch.Size([2, 1, 64, 64])
     """
+
+    gain = 1.0  # of the class, since models that version 0.1 has exported bring none
 
     def __init__(
         self,
@@ -103,10 +106,12 @@ class StfpmExtModel(nn.Module):
         if self.training:
             return expected, student
         combine_size = self.combine_size(expected)
-        if images.device.type == "cuda" and not has_kernel(images.device):
+        lacks_kernel = images.device.type == "cuda" and not has_kernel(images.device)
+        if lacks_kernel:
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
+        if lacks_kernel or self.gain != 1:
             options = check_options(None, "product", combine_size, False, list(expected))
-            amap, score = formula(list(expected.values()), list(student.values()), image_size, options)
+            amap, score = formula(list(expected.values()), list(student.values()), image_size, options, self.gain)
         else:
             amap, score = anomaly_map(expected, student, image_size, combine_size=combine_size)
         return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))

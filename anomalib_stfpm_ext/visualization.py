@@ -20,6 +20,7 @@ from PIL import Image
 
 from .errors import fail
 from .lightning_model import StfpmExt
+from .resizing import pre_process
 from .scorer import anomaly_map
 
 PICTURES_PER_ROW = 8
@@ -78,9 +79,7 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
     Returns:
         LevelMaps: The maps, of the size that the model's pre-processor gives the image.
     """
-    images = image[None].to(model.device)
-    if model.pre_processor:
-        images = model.pre_processor.transform(images)  # not its forward, which resizes as exported models do
+    images = pre_process(model.pre_processor, image[None].to(model.device))
     teacher, student = model.model.features(images)
     size, combine_size = tuple(images.shape[-2:]), model.model.combine_size(teacher)
     product, score, maps = anomaly_map(teacher, student, size, combine_size=combine_size, level_maps=True)

@@ -2,19 +2,29 @@
 
 """Every export and inferencer of anomalib gives the maps of the eager model."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from anomalib.models import Stfpm
+from anomalib.pre_processing import PreProcessor
 from helpers import folder
+from onnx.reference import ReferenceEvaluator
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
+from anomalib_stfpm_ext.resizing import exportable, resize_by_matrices
 
 BACKBONE, LAYERS = "test_efficientnet", ["blocks.1", "blocks.2"]
 SIZE = (64, 96)
@@ -61,7 +71,7 @@ def expected(model, batch) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def onnx(model, tmp_path_factory) -> Path:
+def onnx_file(model, tmp_path_factory) -> Path:
     return model.to_onnx(tmp_path_factory.mktemp("onnx"), opset_version=18)
 
 
@@ -71,18 +81,102 @@ def run(path: Path, batch: torch.Tensor) -> dict[str, np.ndarray]:
     return dict(zip([output.name for output in session.get_outputs()], outputs, strict=True))
 
 
-def test_onnx(onnx, batch, expected):
+def test_onnx(onnx_file, batch, expected):
     for images in (batch, batch[:1]):  # of any number
-        result = run(onnx, images)
+        result = run(onnx_file, images)
         for name, value in expected.items():
             np.testing.assert_allclose(result[name], value[: len(images)], **SAME)
+
+
+@pytest.fixture(scope="module")
+def raw_model() -> StfpmExt:
+    """Raw scores, which nothing cuts off at 0 and 1."""
+    pre_processor = StfpmExt.configure_pre_processor(SIZE)
+    return StfpmExt(BACKBONE, LAYERS, False, seed=0, pre_processor=pre_processor, post_processor=False).eval()
+
+
+@pytest.fixture(scope="module")
+def exports(raw_model, tmp_path_factory) -> dict[str, Callable[[torch.Tensor], Mapping[str, np.ndarray]]]:
+    root = tmp_path_factory.mktemp("exports")
+    network = torch.load(raw_model.to_torch(root), weights_only=False)["model"]
+    path = raw_model.to_onnx(root)
+    openvino = OpenVINOInferencer(raw_model.to_openvino(root), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return {
+        "torch": lambda images: network(images)._asdict(),
+        "onnx": lambda images: run(path, images),
+        "openvino": lambda images: vars(openvino.predict(images)),
+    }
+
+
+@pytest.mark.parametrize("export", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("size", [(600, 500), (40, 90), SIZE], ids=["photograph", "small", "fitting"])
+def test_images_of_any_size_get_the_scores_of_anomalib_predict(raw_model, exports, size, export):
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    pre_processor = raw_model.pre_processor
+    with torch.no_grad():
+        expected = raw_model.model(pre_processor.transform(images))
+        without_antialias = raw_model.model(pre_processor.export_transform(images)).pred_score
+    if size == (600, 500):  # else antialiasing were not seen
+        assert abs(without_antialias / expected.pred_score - 1) > 0.05
+    result = exports[export](images)
+    for name in ("pred_score", "anomaly_map"):
+        np.testing.assert_allclose(result[name].squeeze(), getattr(expected, name).squeeze(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("before", [(600, 500), (64, 96), (40, 90), (97, 7)])
+def test_matrices_resize_as_torch_does(before):
+    images = torch.rand(2, 3, *before)
+    expected = interpolate(images, SIZE, mode="bilinear", antialias=True)
+    torch.testing.assert_close(resize_by_matrices(images, SIZE), expected, rtol=0, atol=1e-5)
+
+
+def test_shorter_side_and_crop(tmp_path):
+    pre_processor = PreProcessor(Compose([Resize(72), CenterCrop((64, 64))]))
+    model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor, post_processor=False).eval()
+    images = torch.rand(1, 3, 200, 300)
+    with torch.no_grad():
+        expected = model.model(pre_processor.transform(images)).anomaly_map
+    path = model.to_onnx(tmp_path, opset_version=18, input_size=(200, 300))
+    np.testing.assert_allclose(run(path, images)["anomaly_map"], expected, rtol=1e-4)
+
+
+def test_antialias_that_onnx_lacks(tmp_path):
+    pre_processor = PreProcessor(Resize(SIZE, "bicubic"))
+    model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor)
+    with pytest.raises(ValueError, match=r"^pre_processor: wanted Resize with bilinear .* got antialias with bicubic$"):
+        model.to_onnx(tmp_path, opset_version=18)
+
+
+def test_pre_processor_with_a_forward_of_its_own():
+    class Brighter(PreProcessor):
+        def forward(self, batch):
+            return super().forward(batch) + 1
+
+    model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=Brighter(), post_processor=False).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), model.model(images + 1))
+
+
+def test_other_models_resize_as_before(tmp_path, monkeypatch):
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create_model(*a, **{**k, "pretrained": False}))
+    pre_processor = StfpmExt.configure_pre_processor(SIZE)
+    stock = Stfpm(BACKBONE, LAYERS, pre_processor=pre_processor, post_processor=False).eval()
+    images = torch.rand(1, 3, 200, 300)
+    with torch.no_grad():
+        before = stock(images)
+        StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor).to_onnx(tmp_path, opset_version=18)
+        torch.testing.assert_close(stock(images), before, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(pre_processor(images), pre_processor.transform(images))
 
 
 def test_torchs_older_onnx_exporter(model, batch, tmp_path):
     """Torch still has it, anomalib 2.7 no longer."""
     settings = {"input_names": ["input"], "output_names": ["pred_score", "anomaly_map"]}
     settings |= {"dynamic_axes": {name: {0: "batch"} for names in settings.values() for name in names}}
-    network = torch.nn.Sequential(model.pre_processor.export_transform, model.model).eval()
+    network = torch.nn.Sequential(exportable(model.pre_processor.transform), model.model).eval()
     torch.onnx.export(network, (batch[:2],), tmp_path / "model.onnx", dynamo=False, **settings)
     with torch.no_grad():
         raw = network(batch)
@@ -92,10 +186,10 @@ def test_torchs_older_onnx_exporter(model, batch, tmp_path):
 
 
 @pytest.fixture
-def to_openvino(model, data, onnx, tmp_path, monkeypatch):
+def to_openvino(model, data, onnx_file, tmp_path, monkeypatch):
     """Export and load again, by way of the ONNX file that is there already."""
     monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache where it is
-    monkeypatch.setattr(model, "to_onnx", lambda *_args, **_settings: onnx)
+    monkeypatch.setattr(model, "to_onnx", lambda *_args, **_settings: onnx_file)
 
     def export(compression: CompressionType | None = None) -> OpenVINOInferencer:
         path = model.to_openvino(tmp_path, compression_type=compression, datamodule=data)
@@ -104,8 +198,8 @@ def to_openvino(model, data, onnx, tmp_path, monkeypatch):
     return export
 
 
-def test_openvino(to_openvino, onnx, batch, expected):
-    for inferencer in (to_openvino(), OpenVINOInferencer(onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})):
+def test_openvino(to_openvino, onnx_file, batch, expected):
+    for inferencer in (to_openvino(), OpenVINOInferencer(onnx_file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})):
         for images in (batch, batch[:1]):
             result = inferencer.predict(images)
             for name, value in expected.items():
@@ -118,6 +212,74 @@ def test_openvino_compression(to_openvino, batch, expected, compression):
     result = to_openvino(CompressionType[compression]).predict(batch).anomaly_map
     error = np.abs(result - expected["anomaly_map"]).mean()
     assert 0 < error < LOSSY[compression] * expected["anomaly_map"].std(), error / expected["anomaly_map"].std()
+
+
+@pytest.fixture(scope="module")
+def faint_model() -> StfpmExt:
+    """A student so near its teacher that scores, products of three distances, are some 1e-7."""
+    layers, pre_processor = ["blocks.1", "blocks.2", "blocks.3"], StfpmExt.configure_pre_processor((64, 64))
+    model = StfpmExt(BACKBONE, layers, False, seed=0, pre_processor=pre_processor).eval()
+    model.model.student_model.load_state_dict(model.model.teacher_model.state_dict(), strict=False)
+    with torch.no_grad():
+        for parameter in model.model.student_model.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+        raw = model.model(pre_processor.transform(faint_images()))
+        for statistic, values in (("image", raw.pred_score), ("pixel", raw.anomaly_map)):
+            for name, function in (("_min", torch.min), ("_max", torch.max), ("_threshold", torch.median)):
+                prefix = "_" if name == "_threshold" else ""
+                getattr(model.post_processor, f"{prefix}{statistic}{name}").copy_(function(values))
+    assert 1e-8 < raw.pred_score.max() < 1e-6
+    return model
+
+
+def faint_images() -> torch.Tensor:
+    """Images with more and less contrast."""
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return images * torch.linspace(0.2, 1, 8)[:, None, None, None]
+
+
+def test_float16_holds_the_scores(faint_model, tmp_path):
+    path = faint_model.to_onnx(tmp_path, opset_version=18)
+    # ONNX's reference computes in float16; onnxruntime has no such kernels for CPUs, and computes in float32.
+    half = ReferenceEvaluator(convert_float_to_float16(onnx.load(path)))
+    images = faint_images()
+    (scores,) = half.run(["pred_score"], {"input": images.half().numpy()})
+    with torch.no_grad():
+        expected = faint_model(images).pred_score.numpy()
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=0.1)
+    np.testing.assert_allclose(run(path, images)["pred_score"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_export_leaves_model_and_statistics_as_they_are(faint_model, tmp_path, monkeypatch):
+    statistics = dict(faint_model.post_processor.named_buffers(recurse=False))
+    assert set(statistics) == {
+        "_image_threshold",
+        "_pixel_threshold",
+        "image_min",
+        "image_max",
+        "pixel_min",
+        "pixel_max",
+    }
+    before = {name: value.clone() for name, value in statistics.items()}
+
+    def fail(*_args, **_settings):
+        assert faint_model.model.gain > 10
+        assert faint_model.post_processor.pixel_max == pytest.approx(1, rel=1e-3)
+        msg = "full"
+        raise OSError(msg)
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(OSError, match="full"):
+        faint_model.to_onnx(tmp_path)
+    assert faint_model.model.gain == 1
+    assert all(
+        torch.equal(before[name], value) for name, value in faint_model.post_processor.named_buffers(recurse=False)
+    )
+
+
+def test_float16_and_raw_scores(raw_model, tmp_path):
+    with pytest.raises(ValueError, match="compression_type: wanted another than FP16"):
+        raw_model.to_openvino(tmp_path, compression_type=CompressionType.FP16)
 
 
 def test_torch_inferencer(model, batch, expected, tmp_path, monkeypatch):

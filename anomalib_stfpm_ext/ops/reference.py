@@ -15,12 +15,15 @@ Tensors = Sequence[torch.Tensor]
 
 
 def formula(
-    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options
+    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options, gain: float = 1.0
 ) -> tuple[torch.Tensor, ...]:
-    """State ``csrc/distance_math.h`` in torch operations: differentiable, exportable, on any device."""
+    """State ``csrc/distance_math.h`` in torch operations: differentiable, exportable, on any device.
+
+    ``gain`` multiplies all distances.
+    """
     level_maps, weighted = [], []
     for t, s, weight in zip(teacher, student, options.weights, strict=True):
-        distance = 0.5 * squared_distance(t, s)
+        distance = 0.5 * squared_distance(t, s, gain)
         level_map = F.interpolate(distance, options.combine_size or image_size, mode="bilinear", align_corners=False)
         level_maps.append(level_map)
         if weight != 1:
@@ -34,10 +37,13 @@ def formula(
     return (*result, torch.cat(level_maps, dim=1)) if options.level_maps else result
 
 
-def squared_distance(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+def squared_distance(teacher: torch.Tensor, student: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
     """Return the squared distance of normalised features ``(B, C, H, W)`` at each position: ``(B, 1, H, W)``."""
     dtype = output_dtype([teacher])
-    return (F.normalize(teacher.to(dtype)) - F.normalize(student.to(dtype))).square().sum(dim=1, keepdim=True)
+    difference = F.normalize(teacher.to(dtype)) - F.normalize(student.to(dtype))
+    if gain != 1:  # before the squares, which float16 may not hold
+        difference = difference * gain**0.5
+    return difference.square().sum(dim=1, keepdim=True)
 
 
 def output_dtype(features: Tensors) -> torch.dtype:
