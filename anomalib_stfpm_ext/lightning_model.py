@@ -31,6 +31,7 @@ from .backbones import pretrained_config
 from .callbacks.allocator import AllocatorTuning
 from .callbacks.checks import Checks
 from .callbacks.cosine_schedule import CosineSchedule
+from .callbacks.deep_images import DeepImages
 from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
 from .callbacks.student_selection import StudentSelection
@@ -290,6 +291,7 @@ class StfpmExt(AnomalibModule):
         return [
             *super().configure_callbacks(),
             Checks(),
+            DeepImages(),
             DistributedSetup(),
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured

@@ -12,6 +12,7 @@ from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
 from anomalib.data.datasets.image import mvtecad, visa
 
 from ..errors import fail
+from ..images import is_hidden
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ class Category:
         extensions = mvtecad.IMG_EXTENSIONS if data == "MVTecAD" else visa.EXTENSIONS
 
         def count(*parts: str) -> int:
-            return sum(path.suffix in extensions for path in folder.joinpath(*parts).rglob("*"))
+            files = folder.joinpath(*parts).rglob("*")
+            return sum(path.suffix in extensions and not is_hidden(path, folder) for path in files)
 
+        hidden = next((path for path in folder.rglob("*") if is_hidden(path, folder)), None)
+        if hidden is not None:  # anomalib takes it for an image or a kind of defects
+            fail(ValueError, "root", "a category without hidden files or folders, as other programs leave", hidden)
         defects = sorted(path.name for path in folder.glob("test/*") if path.is_dir() and path.name != "good")
         num_defective = sum(count("test", defect) for defect in defects)
         for role, num_images in (
@@ -87,7 +92,8 @@ def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, C
         if not base.exists() and raw and split.is_file():
             Visa(root, raw[0]).prepare_data()
     # anomalib makes folders for VisA's absent categories too, but leaves them empty.
-    found = sorted(path.parent.parent.name for path in base.glob("*/train/good") if any(path.iterdir()))
+    folders = [path for path in base.glob("*/train/good") if not is_hidden(path, base) and any(path.iterdir())]
+    found = sorted(path.parent.parent.name for path in folders)
     if not found:
         layout = (
             "CATEGORY/train/good" if data == "MVTecAD" else "visa_pytorch/CATEGORY/train/good or split_csv/1cls.csv"
