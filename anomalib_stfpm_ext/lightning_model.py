@@ -12,8 +12,7 @@ from typing import Any, Literal
 import _anomalib_stfpm_ext_autoload
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, InferenceBatch
-from anomalib.deploy import CompressionType
+from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -38,9 +37,8 @@ from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network, restore_tiler
 from .errors import fail
-from .float16 import float16_range, largest_score
+from .exports import ExactExports
 from .loss import StfpmExtLoss
-from .resizing import exportable, pre_process
 from .torch_model import CompileMode, StfpmExtModel
 from .weights import read_file
 
@@ -48,7 +46,7 @@ MAX_EPOCHS = 100  # as in the paper
 TRANSFORM_KEY = "stfpm_ext_transform"  # of a checkpoint: whether there was one, which anomalib may fail to save
 
 
-class StfpmExt(AnomalibModule):
+class StfpmExt(ExactExports, AnomalibModule):
     """Student-Teacher Feature Pyramid Matching, true to the paper (Wang et al., BMVC 2021, arXiv 2103.04257).
 
     A student learns, from good images only, to match the features of a frozen, pretrained teacher of the same
@@ -392,89 +390,6 @@ class StfpmExt(AnomalibModule):
         return PreProcessor(
             Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))])
         )
-
-    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
-        """Give verdicts on images of any size, as exports do: those of ``anomalib predict``.
-
-        Args:
-            batch (torch.Tensor): Images ``(B, 3, H, W)`` of 0 to 1.
-            args: Unused.
-            kwargs: Unused.
-
-        Returns:
-            InferenceBatch: Anomaly maps, scores and, if the post-processor has a threshold, masks and labels.
-        """
-        del args, kwargs
-        result: InferenceBatch = self.model(pre_process(self.pre_processor, batch))
-        return self.post_processor(result) if self.post_processor else result
-
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export the model for torch, frozen: anomalib's ``TorchInferencer`` leaves gradients enabled.
-
-        Args:
-            args: As in ``AnomalibModule.to_torch``.
-            kwargs: Likewise.
-
-        Returns:
-            Path: The exported file.
-        """
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            path: Path = super().to_torch(*args, **kwargs)
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        return path
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
-        """Export the model for ONNX, on the way to OpenVINO, too.
-
-        Args:
-            args: As in ``AnomalibModule.to_onnx``.
-            kwargs: Likewise.
-
-        Returns:
-            Path: The exported file.
-
-        Raises:
-            ValueError: If the pre-processor antialiases otherwise than bilinearly, which no runtime does as torch does.
-        """
-        if self.pre_processor and self.pre_processor.transform:
-            exportable(self.pre_processor.transform)  # complains here, where torch does not wrap the error in its own
-        with float16_range(self.model, self.post_processor):
-            path: Path = super().to_onnx(*args, **kwargs)
-        return path
-
-    def to_openvino(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export the model for OpenVINO.
-
-        Args:
-            export_root (Path | str): As in ``AnomalibModule.to_openvino``.
-            model_file_name (str): Likewise. Defaults to ``"model"``.
-            input_size (tuple[int, int] | None): Likewise. Defaults to ``None``.
-            compression_type (CompressionType | None): Likewise. Defaults to ``None``.
-            kwargs: Likewise.
-
-        Returns:
-            Path: The exported file.
-
-        Raises:
-            ValueError: If it is to be compressed to float16, which does not hold the raw scores that the model gives.
-        """
-        if compression_type == CompressionType.FP16 and largest_score(self.post_processor) is None:
-            wanted = "another than FP16, since no post-processor normalises scores, or they have not been validated"
-            fail(ValueError, "compression_type", wanted, compression_type)
-        path: Path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
-        return path
 
     def unfreeze(self) -> None:
         """Unfreeze the student; the teacher stays as it is."""

@@ -19,8 +19,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from .errors import fail
+from .exports.resizing import pre_process
 from .lightning_model import StfpmExt
-from .resizing import pre_process
 from .scorer import anomaly_map
 
 PICTURES_PER_ROW = 8

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
-from anomalib_stfpm_ext.resizing import exportable, resize_by_matrices
+from anomalib_stfpm_ext.exports.resizing import exportable, resize_by_matrices
 
 BACKBONE, LAYERS = "test_efficientnet", ["blocks.1", "blocks.2"]
 SIZE = (64, 96)

@@ -10,7 +10,7 @@ from anomalib.pre_processing import PreProcessor
 from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
-from .errors import fail
+from ..errors import fail
 
 # Whatever torchvision takes: mode, its name or PIL's number. The nearest are never antialiased.
 BILINEAR = (InterpolationMode.BILINEAR, "bilinear", 2)
@@ -21,7 +21,7 @@ def pre_process(pre_processor: PreProcessor | None, images: torch.Tensor) -> tor
     """Transform images as ``anomalib predict`` does.
 
     anomalib 2.7.0's ``PreProcessor.forward``, which serves exports alone, switches the antialiasing off, so that the
-    checkpoint's threshold does not fit. Where a later one leaves it on, this goes, and ``StfpmExt.forward`` keeps
+    checkpoint's threshold does not fit. Where a later one leaves it on, this goes, and ``ExactExports.forward`` keeps
     :func:`exportable` alone.
 
     Args:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from anomalib.post_processing import PostProcessor
 
-from .torch_model import StfpmExtModel
+from ..torch_model import StfpmExtModel
 
 
 def largest_score(post_processor: PostProcessor | None) -> float | None:
