@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exports that may run in float16, whose smallest normal number is 6e-5: scores are smaller, as products."""
+"""Exports that may run in float16, which holds nothing below 6e-8: scores, as products, may be smaller."""
 
 import math
 from collections.abc import Iterator
