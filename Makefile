@@ -5,7 +5,7 @@ BIN := .venv/bin
 OUTPUT := demo/output
 CHECKPOINT := $(OUTPUT)/results/StfpmExt/elpv/latest/weights/lightning/model.ckpt
 CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/ops/cuda_on_threads/*)
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/* csrc/*/*/* autoload/* anomalib_stfpm_ext/*.py* anomalib_stfpm_ext/*/*.py)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* autoload/* anomalib_stfpm_ext/*.py* anomalib_stfpm_ext/*/*.py)
 
 FUZZ_SECONDS ?= 600
 TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py)
