@@ -30,6 +30,7 @@ from .callbacks.allocator import AllocatorTuning
 from .callbacks.cosine_schedule import CosineSchedule
 from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
+from .callbacks.image_reading import ImageReading
 from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .callbacks.teacher_check import TeacherCheck
@@ -257,6 +258,7 @@ class StfpmExt(AnomalibModule):
         return [
             *super().configure_callbacks(),
             TeacherCheck(),
+            ImageReading(),  # before anything asks for loaders
             DistributedSetup(),
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured

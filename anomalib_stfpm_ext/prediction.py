@@ -13,6 +13,7 @@ from anomalib.deploy import TorchInferencer
 from anomalib.post_processing import PostProcessor
 
 from .errors import fail
+from .images import check_image
 from .lightning_model import StfpmExt
 from .weights import read_file
 
@@ -88,14 +89,18 @@ class Predictor:
         """Score an image.
 
         Args:
-            image (torch.Tensor): The image ``(3, H, W)`` as anomalib reads it, of 0 to 1.
+            image (torch.Tensor): The image ``(3, H, W)`` as :func:`.images.read_image` reads it: floats of 0 to 1,
+                neither 0 to 255 nor normalised, since the model normalises them itself.
 
         Returns:
             ImageBatch: The image with anomaly map, score and, if the model has a threshold, label and mask.
 
         Raises:
+            TypeError: If the image is no tensor of floats.
+            ValueError: If its shape or its range is another.
             FloatingPointError: If the score is not finite: the model is of no use then.
         """
+        check_image(image)
         prediction = self._network(image[None].to(self._device))
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())

@@ -177,7 +177,7 @@ def test_errors_of_the_commands(checkpoint, images, tmp_path, tmp_path_factory):
         ({"images": tmp_path}, "ValueError: images: wanted a folder with images"),
         ({"output": images / "bad"}, "ValueError: output: wanted a folder that does not"),
         ({"output": images}, "ValueError: output: wanted a folder that does not hold"),
-        ({"images": broken}, r"ValueError: images: wanted images that can be read, got .*x.png"),
+        ({"images": broken}, r"ValueError: images: wanted an image that can be read, got .*x.png"),
         ({"masks": images}, "ValueError: masks: wanted masks of images"),
     ):
         with pytest.raises(SystemExit, match=message):

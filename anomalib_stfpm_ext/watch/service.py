@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 from anomalib.data import ImageBatch
-from anomalib.data.utils import read_image
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
 from ..errors import fail
+from ..images import read_image
 from ..prediction import Predictor
 from .folder import Arrivals, Version
 from .messages import printable, tell
@@ -158,9 +158,9 @@ class Scoring:
 def _read(path: Path) -> tuple[torch.Tensor | None, str]:
     """Read an image, or say why not."""
     try:
-        return read_image(path, as_tensor=True), ""
-    except Exception as error:  # decoders raise all sorts of them
-        return None, f"{type(error).__name__}: {error}"
+        return read_image(path), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _verdict(batch: ImageBatch, threshold: float | None) -> dict[str, object]:
