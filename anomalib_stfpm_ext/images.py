@@ -21,6 +21,7 @@ from anomalib.data.utils.image import is_image_file
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from PIL import ExifTags, Image
 from torch.utils.data import ConcatDataset, Subset, get_worker_info
+from torchvision import tv_tensors
 
 from .errors import fail
 
@@ -60,12 +61,15 @@ def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
             return image
     except Exception as error:  # decoders raise all sorts of them
         fail(ValueError, argument, "an image that can be read", f"{path}: {type(error).__name__}: {error}")
-    gray = torch.from_numpy(pixels.astype(np.float64) / white).float()
+    # As torchvision does it from 0 to 255 on, so that the same picture of 8 bits has the same bits.
+    gray = torch.from_numpy(pixels.astype(np.float64) * 255 / white).float() * (1 / 255)
     if not in_range(gray):
         fail(ValueError, argument, "floats from 0 to 1", f"{path}: {gray.min().item():g} to {gray.max().item():g}")
     if white != 1:
         _tell_scale(white)
-    return (1 - gray if inverted else gray).expand(3, -1, -1).contiguous()
+    gray = 1 - gray if inverted else gray
+    image = tv_tensors.Image(gray[..., None].repeat(1, 1, 3).permute(2, 0, 1))  # in anomalib's memory format
+    return image
 
 
 def in_range(image: torch.Tensor) -> bool:
