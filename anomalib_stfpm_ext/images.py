@@ -61,13 +61,13 @@ def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
             return image
     except Exception as error:  # decoders raise all sorts of them
         fail(ValueError, argument, "an image that can be read", f"{path}: {type(error).__name__}: {error}")
-    # As torchvision does it from 0 to 255 on, so that the same picture of 8 bits has the same bits.
-    gray = torch.from_numpy(pixels.astype(np.float64) * 255 / white).float() * (1 / 255)
+    values = pixels.astype(np.float64)
+    # From 0 to 255 on as torchvision does it, so that a picture gives the same bits in 8 bits.
+    gray = torch.from_numpy((white - values if inverted else values) * 255 / white).float() * (1 / 255)
     if not in_range(gray):
-        fail(ValueError, argument, "floats from 0 to 1", f"{path}: {gray.min().item():g} to {gray.max().item():g}")
+        fail(ValueError, argument, "floats from 0 to 1", f"{path}: {values.min():g} to {values.max():g}")
     if white != 1:
         _tell_scale(white)
-    gray = 1 - gray if inverted else gray
     image = tv_tensors.Image(gray[..., None].repeat(1, 1, 3).permute(2, 0, 1))  # in anomalib's memory format
     return image
 

@@ -157,6 +157,23 @@ def test_broken_files_are_told_once_and_leave_a_row(checkpoint, folder, capsys):
     assert added[0][2]
 
 
+def test_deep_images_are_scored_as_those_of_8_bits_or_have_an_error(checkpoint, folder):
+    gray = np.asarray(Image.open(folder / "bad" / "0.png").convert("L"))
+    Image.fromarray(gray).save(folder / "8.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "16.png")
+    Image.fromarray(gray.astype(np.float32) / 255).save(folder / "floats.tif")
+    Image.fromarray(gray.astype(np.float32)).save(folder / "255.tif")
+    Image.fromarray(gray.astype(np.int32)).save(folder / "32.tif")
+    watch(checkpoint, folder, "--once")
+    found = rows(folder)
+    score = float(found["8.png"]["score"])
+    assert float(found["16.png"]["score"]) == pytest.approx(score, abs=1e-3)
+    assert float(found["floats.tif"]["score"]) == pytest.approx(score, abs=1e-3)
+    assert "wanted floats from 0 to 1" in found["255.tif"]["error"]
+    assert "or 32 bits" in found["32.tif"]["error"]
+    assert {(found[name]["score"], found[name]["verdict"]) for name in ("255.tif", "32.tif")} == {("", "")}
+
+
 def test_file_that_is_being_written_is_waited_for(checkpoint, folder, capsys, monkeypatch):
     """It grows from look to look, and rests in between, unreadable, for several of them."""
     whole = (folder / "bad" / "1.png").read_bytes()

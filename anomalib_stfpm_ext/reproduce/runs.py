@@ -97,12 +97,12 @@ class Plan:
         """
         return self.output / category / f"seed_{seed}"
 
-    def datamodule(self, category: str, workspace: Path) -> AnomalibDataModule:
+    def datamodule(self, category: str, view: Path) -> AnomalibDataModule:
         """Make the data module of a category.
 
         Args:
             category (str): The category.
-            workspace (Path): Folder for a view of the category without hidden files, which lasts as long as the run.
+            view (Path): Where links to the images go if there is junk beside them; it lasts as long as the run.
 
         Returns:
             AnomalibDataModule: anomalib's own for the data set. It insists on masks: where there are none, one for
@@ -110,16 +110,15 @@ class Plan:
         """
         arguments: dict[str, Any] = {"val_split_mode": "none", "num_workers": self.workers}
         found = self.categories[category]
-        root, folder = self.root, found.folder
-        view = workspace / folder.relative_to(root)
-        if leave_out_junk(folder, view):
-            root, folder = workspace, view
-        if found.masks:
+        has_junk = leave_out_junk(found.folder, view)
+        if found.masks and not has_junk:
             module = MVTecAD if self.data == "MVTecAD" else Visa
-            return module(root=root, category=category, **arguments)
+            return module(root=self.root, category=category, **arguments)
+        if found.masks:  # in a view, whose links these modules do not follow; Folder takes the same images
+            arguments["mask_dir"] = [f"ground_truth/{defect}" for defect in found.defects]
         return Folder(
             name=category,
-            root=folder,
+            root=view if has_junk else found.folder,
             normal_dir="train/good",
             normal_test_dir="test/good",
             abnormal_dir=[f"test/{defect}" for defect in found.defects],
@@ -158,7 +157,7 @@ class ReproduceJob(Job):
         # Without a post-processor, maps and scores stay as they are: anomalib's clamps them, which makes ties.
         model = StfpmExt(**self.plan.model, seed=self.seed, post_processor=False, evaluator=False, visualizer=False)
         with tempfile.TemporaryDirectory() as workspace:  # for anomalib's numbered folders
-            datamodule = self.plan.datamodule(self.category, Path(workspace, "data"))
+            datamodule = self.plan.datamodule(self.category, Path(workspace, "view"))
             engine = Engine(
                 default_root_dir=workspace,
                 callbacks=[ModelCheckpoint(folder, filename="model", enable_version_counter=False)],
