@@ -1,83 +1,282 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images as anomalib reads them, and those that anomalib 2.7 reads wrongly: gray ones of more than 8 bits."""
+"""Images in files: which there are, and how their values become 0 to 1, those of more than 8 bits included.
 
-import functools
+anomalib reads all images with Pillow's ``convert("RGB")``, which clips gray of more than 8 bits: 16 bits become white,
+floats black.
+"""
+
+import copy
 import logging
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import anomalib.data.utils
 import numpy as np
 import torch
-from PIL import Image
+from anomalib.data import AnomalibDataset, ImageItem, PredictDataset
+from anomalib.data.utils import read_image as read_8_bits
+from anomalib.data.utils.image import is_image_file
+from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
+from PIL import ExifTags, Image
+from torch.utils.data import ConcatDataset, Subset, get_worker_info
+from torchvision import tv_tensors
 
 from .errors import fail
 
 logger = logging.getLogger(__name__)
 
-DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # Pillow's: convert("RGB") clips them to 255
-MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 281, 341  # TIFF's tags for the largest value that a camera writes
+OVERSHOOT = 0.01  # of resampling at an edge; images of 0 to 255, or normalised ones, are far beyond
+_WANTED = "gray or colour of up to 16 bits, or gray of floats from 0 to 1"
+_TAGS = ExifTags.Base  # TIFF's own
+_SEPARATE, _WHITE_IS_ZERO, _UNCOMPRESSED = 2, 0, 1  # values of TIFF's tags
 
 
-def read_image(path: str | Path, as_tensor: bool = True) -> torch.Tensor:
-    """Read an image.
+def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
+    """Read an image: one of 8 bits as anomalib does, others scaled by the range of their type.
 
-    Images of 8 bits, and colour images, are anomalib's own to the bit. Gray images of more bits are scaled by the range
-    of their type, or by the largest value that a TIFF file names, never by what a single image happens to hold.
+    The scale depends on the file's format alone: 65535 for 16 bits, 4095 for a TIFF of 12 bits, the maximum that a PGM
+    declares. It does not depend on the values, nor on what TIFF says of them (``MaxSampleValue``, which is a picture's
+    own maximum): a score must not depend on how bright the brightest pixel is. PNG has its values fill 16 bits.
 
     Args:
         path (str | Path): The file.
-        as_tensor (bool): Must be ``True``; it is there since anomalib's function has it.
+        argument (str): What the caller's errors call it. Defaults to ``"image"``.
 
     Returns:
         torch.Tensor: The image ``(3, H, W)``, float32 of 0 to 1.
 
     Raises:
-        ValueError: If the file is broken, or has numbers whose range is not known. The error names the file.
+        ValueError: If the file is broken, or has values that cannot be scaled, such as floats outside 0 to 1.
     """
-    del as_tensor
+    image: torch.Tensor
     try:
-        with Image.open(path) as image:
-            if image.mode not in DEEP_MODES:
-                read: torch.Tensor = anomalib.data.utils.read_image(path, as_tensor=True)
-                return read
-            pixels, largest = np.asarray(image), _largest_value(image)
+        with Image.open(path) as picture:
+            white = _white(picture)
+            pixels = np.asarray(picture if white else ())
+            inverted = _tag(picture, _TAGS.PhotometricInterpretation) == _WHITE_IS_ZERO
+        if white is None:
+            image = read_8_bits(path, as_tensor=True)
+            return image
     except Exception as error:  # decoders raise all sorts of them
-        fail(ValueError, "image", "an image that can be read", f"{path}: {type(error).__name__}: {error}")
-    if largest is None or pixels.min() < 0 or pixels.max() > largest:
-        wanted = "gray of 16 bits, floats of 0 to 1, or a TIFF file that names its largest value (MaxSampleValue)"
-        fail(ValueError, "image", wanted, f"{path}: {pixels.dtype} from {pixels.min()} to {pixels.max()}")
-    _tell_scale(str(pixels.dtype), largest)
-    gray = torch.from_numpy(pixels.astype(np.float32) / np.float32(largest))
-    return gray.expand(3, -1, -1).contiguous()
+        fail(ValueError, argument, "an image that can be read", f"{path}: {type(error).__name__}: {error}")
+    values = pixels.astype(np.float64)
+    # From 0 to 255 on as torchvision does it, so that a picture gives the same bits in 8 bits.
+    gray = torch.from_numpy((white - values if inverted else values) * 255 / white).float() * (1 / 255)
+    if not in_range(gray):
+        fail(ValueError, argument, "floats from 0 to 1", f"{path}: {values.min():g} to {values.max():g}")
+    if white != 1:
+        _tell_scale(white)
+    image = tv_tensors.Image(gray[..., None].repeat(1, 1, 3).permute(2, 0, 1))  # in anomalib's memory format
+    return image
 
 
-def _largest_value(image: Image.Image) -> float | None:
-    """Return the value that stands for white, or ``None`` where nobody says."""
-    tags = getattr(image, "tag_v2", {})
-    for tag in (S_MAX_SAMPLE_VALUE, MAX_SAMPLE_VALUE):
-        value = tags.get(tag)
-        value = value[0] if isinstance(value, tuple) else value
-        if value:
-            return float(value)
-    if image.mode == "F":
-        return 1.0
-    return 65535.0 if image.mode != "I" or image.format == "PNG" else None
-
-
-@functools.cache
-def _tell_scale(dtype: str, largest: float) -> None:
-    logger.info("Images of %s are scaled by %g. Cameras that use fewer bits give darker images.", dtype, largest)
-
-
-def is_hidden(path: Path, folder: Path) -> bool:
-    """Tell whether a file, or a folder that it is in, has a name that begins with a dot.
+def in_range(image: torch.Tensor) -> bool:
+    """Tell whether values are those of an image of 0 to 1, but for what resampling overshoots.
 
     Args:
-        path (Path): The file.
-        folder (Path): A folder above, whose own name does not count.
+        image (torch.Tensor): The image.
 
     Returns:
-        bool: Whether it has; such files are the work of other programs, not images of a camera.
+        bool: Whether they are; ``False`` if one is NaN.
     """
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    low, high = image.aminmax()
+    return bool(low >= -OVERSHOOT and high <= 1 + OVERSHOOT)
+
+
+def check_image(image: torch.Tensor) -> None:
+    """Check an image that a caller has made.
+
+    Args:
+        image (torch.Tensor): Should be an image ``(3, H, W)``, floats of 0 to 1.
+
+    Raises:
+        TypeError: If it is no tensor of floats.
+        ValueError: If its shape or its range is another.
+    """
+    wanted = "an image (3, H, W) of floats from 0 to 1, not normalised (the model does that)"
+    if not isinstance(image, torch.Tensor):
+        fail(TypeError, "image", wanted, type(image).__qualname__)
+    if not image.is_floating_point():
+        fail(TypeError, "image", wanted, image.dtype)
+    if image.ndim != 3 or len(image) != 3 or not image.numel():
+        fail(ValueError, "image", wanted, f"shape {tuple(image.shape)}")
+    if not in_range(image):
+        fail(ValueError, "image", wanted, f"values from {image.min().item():g} to {image.max().item():g}")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Find the images in a folder and its subfolders, but no hidden ones, nor what is in hidden folders.
+
+    Args:
+        folder (Path): The folder.
+
+    Returns:
+        list[Path]: The files, sorted.
+    """
+    return sorted(path for path in folder.glob("**/*") if is_image_file(path) and not is_junk(path, folder))
+
+
+def is_junk(path: Path, root: Path) -> bool:
+    """Tell whether a path is hidden, as those are that systems and tools leave behind, or no file.
+
+    Args:
+        path (Path): The path.
+        root (Path): A folder above; its own name does not count.
+
+    Returns:
+        bool: Whether it, or a folder between the two, has a name with a dot in front, or it is no file.
+    """
+    return any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file()
+
+
+def read_right(dataset: Any) -> Any:
+    """Make the same data set, that reads images by :func:`read_image` where it is one of anomalib's.
+
+    Args:
+        dataset (Dataset): A data set, which is not changed.
+
+    Returns:
+        Dataset: The other; data sets that read images in a way of their own are returned as they are.
+
+    Raises:
+        ValueError: If anomalib has made synthetic anomalies of images of more than 8 bits, which it clips.
+    """
+    if isinstance(dataset, Subset):
+        dataset = copy.copy(dataset)
+        dataset.dataset = read_right(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        dataset = copy.copy(dataset)
+        dataset.datasets = [read_right(part) for part in dataset.datasets]
+    elif type(dataset).__getitem__ is AnomalibDataset.__getitem__:
+        if isinstance(dataset, SyntheticAnomalyDataset):
+            refuse_deep(dataset, "for synthetic anomalies, for which anomalib clips others")
+        return _LabelledImages(dataset)
+    elif type(dataset).__getitem__ is PredictDataset.__getitem__:
+        return _Images(dataset)
+    return dataset
+
+
+def refuse_deep(dataset: Any, where: str) -> None:
+    """Refuse a data set of anomalib with images of more than 8 bits, which it would clip.
+
+    Args:
+        dataset (Any): Any data set.
+        where (str): Says for the error when others will not do.
+
+    Raises:
+        ValueError: If it has some.
+    """
+    for path in image_paths(dataset):
+        with Image.open(path) as picture:
+            if _white(picture) is not None:
+                fail(ValueError, "data", f"images of 8 bits {where}", f"{path}, of Pillow's mode {picture.mode}")
+
+
+class _LabelledImages(AnomalibDataset):
+    """A data set of anomalib that reads images of more than 8 bits right, and names a file that is broken."""
+
+    def __init__(self, source: AnomalibDataset) -> None:
+        self.__dict__.update(vars(source))
+
+    def __getitem__(self, index: int) -> ImageItem:
+        sample = self.samples.iloc[index]
+        plain = copy.copy(self)
+        plain.augmentations = None
+        try:
+            item = super(_LabelledImages, plain).__getitem__(index)
+        except Exception as error:  # decoders raise all sorts of them
+            read_image(sample.image_path, "data")  # raises, unless it is the mask that is broken
+            fail(ValueError, "data", "a mask that can be read", f"{sample.mask_path}: {type(error).__name__}: {error}")
+        if _is_deep(sample.image_path):
+            item.image = read_image(sample.image_path, "data")
+        if self.augmentations and item.gt_mask is None:
+            item.image = self.augmentations(item.image)
+        elif self.augmentations:
+            item.image, item.gt_mask = self.augmentations(item.image, item.gt_mask)
+        return item
+
+
+class _Images(PredictDataset):
+    """anomalib's data set of pictures without labels, likewise."""
+
+    def __init__(self, source: PredictDataset) -> None:
+        self.__dict__.update(vars(source))
+
+    def __getitem__(self, index: int) -> ImageItem:
+        path = self.image_filenames[index]
+        image = read_image(path, "data")
+        return ImageItem(image=self.transform(image) if self.transform else image, image_path=str(path))
+
+
+def image_paths(dataset: Any) -> Iterator[str | Path]:
+    """Iterate over the files of a data set of anomalib; others have none that are known.
+
+    Args:
+        dataset (Any): Any data set.
+
+    Yields:
+        str | Path: A file.
+    """
+    if isinstance(dataset, Subset):
+        yield from image_paths(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from image_paths(part)
+    elif isinstance(dataset, AnomalibDataset):
+        yield from dataset.samples.image_path
+    elif isinstance(dataset, PredictDataset):
+        yield from dataset.image_filenames
+
+
+def _is_deep(path: str | Path) -> bool:
+    with Image.open(path) as picture:
+        return _white(picture) is not None
+
+
+def _white(picture: Image.Image) -> float | None:
+    """Return the value of white in a picture of more than 8 bits, ``None`` in others; raise where there is no telling.
+
+    Colour of 16 bits is one of the others: Pillow scales it to 8.
+    """
+    bits = _tag(picture, _TAGS.BitsPerSample) or 16
+    if (
+        _tag(picture, _TAGS.PlanarConfiguration) == _SEPARATE
+        and _tag(picture, _TAGS.Compression) == _UNCOMPRESSED
+        and picture.mode not in ("L", "I;16", "I;16B")
+        and bits > 8
+    ):
+        msg = (
+            f"wanted {_WANTED}, got {bits} bits, one colour after the other, which Pillow misreads: save it interleaved"
+        )
+        raise ValueError(msg)
+    if picture.mode.startswith("I;16"):
+        return float(2**bits - 1)
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):  # Pillow stretches a PGM's maximum to 65535
+        return 65535.0
+    if picture.mode == "F":
+        return 1.0
+    if picture.mode == "I":
+        msg = f"wanted {_WANTED}, got integers that have a sign, or 32 bits: where white is there is no telling"
+        raise ValueError(msg)
+    return None
+
+
+def _tag(picture: Image.Image, tag: int) -> int | None:
+    """Return a tag of a TIFF: of several numbers, the first."""
+    value = getattr(picture, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) else value
+
+
+@cache
+def _tell_scale(white: float) -> None:
+    """Say in the log, once, what counts as white; of several processes that load images, the first says it."""
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        logger.warning(
+            "Images of %d bits of gray: 0 is black, %d is white. If the camera has fewer bits, have it fill all of "
+            "these, or say so in a TIFF (BitsPerSample) or a PGM (its maximum): else its images are dark.",
+            int(white).bit_length(),
+            white,
+        )

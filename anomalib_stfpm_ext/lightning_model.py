@@ -30,9 +30,9 @@ from .backbones import pretrained_config
 from .callbacks.allocator import AllocatorTuning
 from .callbacks.checks import Checks
 from .callbacks.cosine_schedule import CosineSchedule
-from .callbacks.deep_images import DeepImages
 from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
+from .callbacks.image_reading import ImageReading
 from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network, restore_tiler
@@ -289,7 +289,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         return [
             *super().configure_callbacks(),
             Checks(),
-            DeepImages(),
+            ImageReading(),  # before anything asks for loaders
             DistributedSetup(),
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured

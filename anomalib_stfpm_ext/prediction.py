@@ -13,6 +13,7 @@ from anomalib.deploy import TorchInferencer
 from anomalib.post_processing import PostProcessor
 
 from .errors import fail
+from .images import check_image
 from .lightning_model import StfpmExt
 from .weights import read_file
 
@@ -38,9 +39,6 @@ def load_model(checkpoint: str | Path, argument: str = "checkpoint", teacher_wei
     model: StfpmExt = read_file(argument, checkpoint, "a checkpoint of StfpmExt", load)
     model.eval()
     return model
-
-
-_OVERSHOOT = 0.05  # of images that were resized bicubically
 
 
 class Predictor:
@@ -97,32 +95,22 @@ class Predictor:
         """Score an image.
 
         Args:
-            image (torch.Tensor): The image ``(3, H, W)`` as anomalib reads it, of 0 to 1.
+            image (torch.Tensor): The image ``(3, H, W)`` as :func:`.images.read_image` reads it: floats of 0 to 1,
+                neither 0 to 255 nor normalised, since the model normalises them itself.
 
         Returns:
             ImageBatch: The image with anomaly map, score and, if the model has a threshold, label and mask.
 
         Raises:
             TypeError: If the image is no tensor of floats.
-            ValueError: If it is not ``(3, H, W)``, or its values are not those of an image of 0 to 1.
+            ValueError: If its shape or its range is another.
             FloatingPointError: If the score is not finite: the model is of no use then.
         """
-        _check_image(image)
+        check_image(image)
         prediction = self._network(image[None].to(self._device))
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
         return ImageBatch(image=image[None], **prediction._asdict())
-
-
-def _check_image(image: torch.Tensor) -> None:
-    wanted = "a tensor (3, H, W) of floats from 0 to 1, as anomalib_stfpm_ext.images.read_image reads it"
-    if not isinstance(image, torch.Tensor) or not image.is_floating_point():
-        fail(TypeError, "image", wanted, getattr(image, "dtype", type(image).__qualname__))
-    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        fail(ValueError, "image", wanted, tuple(image.shape))
-    lowest, highest = image.aminmax()
-    if not (lowest >= -_OVERSHOOT and highest <= 1 + _OVERSHOOT):
-        fail(ValueError, "image", wanted, f"values from {lowest:.4g} to {highest:.4g}")
 
 
 def _move_threshold(post_processor: PostProcessor | None, sensitivity: float) -> None:

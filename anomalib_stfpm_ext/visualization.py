@@ -20,6 +20,7 @@ from PIL import Image
 
 from .errors import fail
 from .exports.resizing import pre_process
+from .images import check_image
 from .lightning_model import StfpmExt
 from .scorer import anomaly_map
 
@@ -74,11 +75,17 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
 
     Args:
         model (StfpmExt): The model, in evaluation mode.
-        image (torch.Tensor): The image ``(3, H, W)`` as anomalib reads it, of 0 to 1.
+        image (torch.Tensor): The image ``(3, H, W)`` as :func:`.images.read_image` reads it: floats of 0 to 1, neither
+            0 to 255 nor normalised, since the model normalises them itself.
 
     Returns:
         LevelMaps: The maps, of the size that the model's pre-processor gives the image.
+
+    Raises:
+        TypeError: If the image is no tensor of floats.
+        ValueError: If its shape or its range is another.
     """
+    check_image(image)
     images = pre_process(model.pre_processor, image[None].to(model.device))
     teacher, student = model.model.features(images)
     size, combine_size = tuple(images.shape[-2:]), model.model.combine_size(teacher)

@@ -1,148 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images of more than 8 bits are read right, and what cannot be is refused by its name."""
+"""Values of images: those of 8 bits as anomalib reads them, deeper ones by the range of their type, or an error."""
 
-import copy
-import pickle
+import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from anomalib.data import PredictDataset
-from anomalib.data.utils import read_image as read_by_anomalib
+from anomalib.data import Folder, PredictDataset
+from anomalib.data.utils import read_image as read_8_bits
 from anomalib.engine import Engine
-from helpers import folder
+from helpers import folder, make_picture
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_stfpm_ext import Predictor, StfpmExt
-from anomalib_stfpm_ext.callbacks.deep_images import reading_deep
+from anomalib_stfpm_ext import images as images_module
+from anomalib_stfpm_ext._compat import data_source
 from anomalib_stfpm_ext.convert import save_checkpoint
-from anomalib_stfpm_ext.images import read_image
+from anomalib_stfpm_ext.images import find_images, read_image, read_right
+from anomalib_stfpm_ext.visualization import measure_levels
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-GRAY = np.random.default_rng(0).integers(0, 256, (48, 64), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("name", ["gray.png", "gray.jpg", "colour.png", "palette.png", "alpha.png"])
-def test_images_of_8_bits_are_anomalibs(tmp_path, name):
-    colour = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], axis=-1)
-    image = Image.fromarray(GRAY if "gray" in name else colour)
-    image = image.convert({"palette": "P", "alpha": "RGBA"}.get(name.split(".")[0], image.mode))
-    image.save(tmp_path / name)
-    assert torch.equal(read_image(tmp_path / name), read_by_anomalib(tmp_path / name, as_tensor=True))
-
-
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_gray_of_16_bits(tmp_path, suffix):
-    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / f"deep.{suffix}")
-    expected = torch.from_numpy(GRAY.astype(np.float32) / 255).expand(3, -1, -1)
-    torch.testing.assert_close(read_image(tmp_path / f"deep.{suffix}"), expected)
-
-
-def test_floats_and_12_bits(tmp_path):
-    expected = torch.from_numpy(GRAY.astype(np.float32) / 255).expand(3, -1, -1)
-    Image.fromarray(GRAY.astype(np.float32) / 255).save(tmp_path / "float.tiff")
-    torch.testing.assert_close(read_image(tmp_path / "float.tiff"), expected)
-    Image.fromarray(GRAY.astype(np.uint16) * 16).save(tmp_path / "12.tiff", tiffinfo={281: 4080})
-    torch.testing.assert_close(read_image(tmp_path / "12.tiff"), expected)
-
-
-@pytest.mark.parametrize(("pixels", "got"), [(GRAY * 1.5, "float32 from 0"), (GRAY.astype(np.int32) * 9999, "int32")])
-def test_numbers_of_unknown_range_are_refused(tmp_path, pixels, got):
-    path = tmp_path / "unknown.tiff"
-    Image.fromarray(pixels.astype(np.float32) if pixels.dtype == float else pixels).save(path)
-    with pytest.raises(ValueError, match=f"image: wanted gray of 16 bits.*unknown.tiff: {got}"):
-        read_image(path)
-
-
-def test_broken_files_are_named(tmp_path):
-    Image.fromarray(GRAY).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
-    (tmp_path / "folder.png").mkdir()
-    for name in ("half.png", "folder.png", "absent.png"):
-        with pytest.raises(ValueError, match=f"image: wanted an image that can be read, got .*{name}"):
-            read_image(tmp_path / name)
+VALUES = np.arange(256, dtype=np.uint8).reshape(16, 16)  # of 8 bits
+DEEP = VALUES.astype(np.uint16) * 257
 
 
 @pytest.fixture(scope="module")
-def deep_images(images, tmp_path_factory):
-    """The images of the fixture, gray, in 8 bits and in 16."""
-    root = tmp_path_factory.mktemp("deep")
-    for path in sorted(images.rglob("*.png")):
-        gray = np.asarray(Image.open(path).convert("L"))
-        for kind, pixels in (("8", gray), ("16", gray.astype(np.uint16) * 257)):
-            copy_of = root / kind / path.relative_to(images)
-            copy_of.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(copy_of)
-    return root
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("images") / "model.ckpt"
+    save_checkpoint(make_model(), path)
+    return path
 
 
-def test_deep_images_in_training_test_and_prediction(deep_images, resnet18_weights, tmp_path):
-    scores, students = {}, {}
-    for kind in ("8", "16"):
-        model = StfpmExt("resnet18", ["layer1", "layer2"], resnet18_weights, lr=0.05, seed=0, image_size=(48, 64))
-        data = folder(deep_images / kind, eval_batch_size=8)
-        engine = Engine(default_root_dir=tmp_path / kind, max_epochs=1, **QUIET)
-        engine.fit(model, datamodule=data)
-        assert type(data.train_data).__getitem__.__globals__["read_image"] is read_by_anomalib  # as before
-        students[kind] = model.model.student_model.state_dict()
-        (batch,) = engine.predict(model, datamodule=data, ckpt_path=engine.best_model_path)
-        dataset = PredictDataset(deep_images / kind / "bad")
-        single = Engine(default_root_dir=tmp_path / kind, **QUIET).predict(
-            model, dataset=dataset, ckpt_path=engine.best_model_path
-        )
-        predict = Predictor(engine.best_model_path, "cpu")
-        files = sorted((deep_images / kind / "bad").iterdir())
-        scores[kind] = [*batch.pred_score, *(one.pred_score for one in single)]
-        scores[kind] += [predict(read_image(file)).pred_score for file in files]
-    torch.testing.assert_close(
-        torch.stack([score.squeeze() for score in scores["16"]]),
-        torch.stack([score.squeeze() for score in scores["8"]]),
-        rtol=1e-3,
-        atol=1e-3,
-    )
-    torch.testing.assert_close(students["16"], students["8"], rtol=1e-3, atol=1e-3)
+def make_model() -> StfpmExt:
+    return StfpmExt("test_resnet", ["layer1", "layer2"], teacher_weights=False, seed=0)
 
 
-def test_hidden_files_end_a_run_before_it_is_paid_for(images, resnet18_weights, tmp_path):
-    for path in images.rglob("*.png"):
-        (tmp_path / "data" / path.relative_to(images)).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / path.relative_to(images)).write_bytes(path.read_bytes())
-    (tmp_path / "data" / "bad" / "._0.png").write_bytes(b"resource fork")
-    model = StfpmExt("resnet18", ["layer1"], resnet18_weights, image_size=(48, 64))
-    with pytest.raises(ValueError, match=r"data: wanted images without hidden files.*\._0.png"):
-        Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(model, datamodule=folder(tmp_path / "data"))
+def write_pgm(path: Path, maximum: int) -> None:
+    pixels = (VALUES.astype(np.uint32) * maximum // 255).astype(">u2")
+    path.write_bytes(b"P5 16 16 %d\n" % maximum + pixels.tobytes())
 
 
-def test_changed_data_sets_can_be_copied_and_pickled(images):
-    data = folder(images)
-    data.setup()
-    data.train_data.__class__ = reading_deep(type(data.train_data))
-    for other in (
-        copy.copy(data.train_data),
-        copy.deepcopy(data.train_data),
-        pickle.loads(pickle.dumps(data.train_data)),
-    ):
-        assert type(other) is type(data.train_data)
-        assert torch.equal(other[0].image, data.train_data[0].image)
+WRITERS = {
+    "a.png": lambda path: Image.fromarray(DEEP).save(path),
+    "a.tif": lambda path: tifffile.imwrite(path, DEEP),
+    "big_endian.tif": lambda path: tifffile.imwrite(path, DEEP, byteorder=">"),
+    "compressed.tif": lambda path: tifffile.imwrite(path, DEEP, compression="lzw", predictor=True),
+    "inverted.tif": lambda path: tifffile.imwrite(path, 65535 - DEEP, photometric="miniswhite"),
+    "floats.tif": lambda path: tifffile.imwrite(path, VALUES.astype(np.float32) / 255),
+    "a.pgm": lambda path: write_pgm(path, 65535),
+    "color.tif": lambda path: tifffile.imwrite(path, np.stack([DEEP] * 3, -1), photometric="rgb"),
+    # The same tag that other software fills with each picture's own maximum, which must not become the scale.
+    "maximum.tif": lambda path: tifffile.imwrite(path, DEEP, extratags=[(281, "H", 1, 4095, True)]),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_deep_images_have_the_values_of_those_of_8_bits(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    image = read_image(tmp_path / name)
+    Image.fromarray(VALUES).save(tmp_path / "8.png")
+    wanted = read_8_bits(tmp_path / "8.png", as_tensor=True)
+    assert (type(image), image.stride()) == (type(wanted), wanted.stride())
+    torch.testing.assert_close(image, wanted, rtol=0, atol=1e-7 if name == "floats.tif" else 0)
+
+
+def write_12_bits(path: Path) -> None:
+    tifffile.imwrite(path, DEEP >> 4, bitspersample=12)
 
 
 @pytest.mark.parametrize(
-    ("image", "error"),
+    ("name", "write"), [("a.tif", write_12_bits), ("a.pgm", lambda path: write_pgm(path, 4095))], ids=["TIFF", "PGM"]
+)
+def test_files_that_say_12_bits_are_scaled_by_them(name, write, tmp_path):
+    write(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert (image.min(), image.max()) == (0, 1)
+    torch.testing.assert_close(image[0], torch.from_numpy(VALUES / 255).float(), rtol=0, atol=3e-4)
+
+
+def test_12_bits_in_16_are_dark_alike_whatever_the_picture_and_told_once(tmp_path, caplog):
+    for name, factor in (("bright.png", 1.0), ("dim.png", 0.5)):
+        Image.fromarray(((DEEP >> 4) * factor).astype(np.uint16)).save(tmp_path / name)
+    images_module._tell_scale.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        bright, dim = read_image(tmp_path / "bright.png"), read_image(tmp_path / "dim.png")
+    assert bright.max() == pytest.approx(4095 / 65535)
+    assert dim.max() == pytest.approx(2047 / 65535)
+    assert [record.message[:25] for record in caplog.records] == ["Images of 16 bits of gray"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_images_of_8_bits_are_anomalibs_bit_for_bit(mode, tmp_path):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    assert torch.equal(read_image(path), read_8_bits(path, as_tensor=True))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "message"),
     [
-        (torch.full((3, 8, 8), 255.0), ValueError),
-        (torch.randn(3, 8, 8), ValueError),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), TypeError),
-        (np.zeros((3, 8, 8), np.float32), TypeError),
-        (torch.zeros(8, 8, 3), ValueError),
-        (torch.full((3, 8, 8), torch.nan), ValueError),
+        (DEEP.astype(np.float32), {}, "wanted floats from 0 to 1, got .*a.tif: 0 to 65535"),
+        (np.full((9, 9), np.nan, np.float32), {}, "wanted floats from 0 to 1, got .*a.tif: nan"),
+        (DEEP.astype(np.uint32), {}, "a.tif: ValueError: wanted .*got integers that have a sign, or 32 bits"),
+        (DEEP.astype(np.int16), {}, "a.tif: ValueError: wanted .*got integers that have a sign"),
+        (np.stack([DEEP] * 3), {"photometric": "rgb", "planarconfig": "separate"}, "a.tif: .*Pillow misreads"),
+        (VALUES / 255, {}, "a.tif: UnidentifiedImageError"),  # float64
     ],
 )
-def test_what_is_no_image_is_refused(image, error, tmp_path):
+def test_what_cannot_be_scaled_is_an_error_that_names_the_file(pixels, options, message, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    with pytest.raises(ValueError, match=f"image: wanted .*{message}|image: {message}"):
+        read_image(tmp_path / "a.tif")
 
-    save_checkpoint(
-        StfpmExt("test_resnet", ["layer1"], teacher_weights=False, image_size=(48, 64)), tmp_path / "m.ckpt"
-    )
-    with pytest.raises(error, match=r"image: wanted a tensor \(3, H, W\) of floats from 0 to 1"):
-        Predictor(Path(tmp_path / "m.ckpt"), "cpu")(image)
+
+@pytest.fixture
+def both(images, tmp_path):
+    """Make the same gray images in 8 and in 16 bits."""
+    for path in images.rglob("*.png"):
+        gray = np.asarray(Image.open(path).convert("L"))
+        for name, pixels in (("8", gray), ("16", gray.astype(np.uint16) * 257)):
+            file = tmp_path / name / path.relative_to(images)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    return tmp_path / "8", tmp_path / "16"
+
+
+def make_engine(tmp_path: Path) -> Engine:
+    return Engine(accelerator="cpu", max_epochs=2, logger=False, default_root_dir=tmp_path, enable_progress_bar=False)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("val_split_mode", ["same_as_test", "from_train"])
+def test_training_and_scores_are_those_of_8_bits(val_split_mode, both, tmp_path):
+    results = []
+    for root in both:
+        model, engine = make_model(), make_engine(tmp_path / f"results{root.name}")
+        data = folder(root, val_split_mode=val_split_mode)
+        engine.fit(model, datamodule=data)
+        train_data = data.train_data
+        batches = [
+            *engine.predict(model, dataset=PredictDataset(root / "bad")),
+            *engine.predict(model, datamodule=data),
+            *engine.predict(model, dataloaders=[DataLoader(data.test_data, 2, collate_fn=data.test_data.collate_fn)]),
+        ]
+        (measured,) = engine.test(model, datamodule=data)
+        scores = torch.cat([batch.pred_score.flatten() for batch in batches])
+        results.append((scores, measured, [found.value for found in model.student_selection.history]))
+        assert data.train_data is train_data
+        assert type(train_data).__name__ == "FolderDataset"
+    (scores_8, measured_8, history_8), (scores_16, measured_16, history_16) = results
+    assert len(scores_8) == 20
+    torch.testing.assert_close(scores_16, scores_8, rtol=0, atol=1e-3)
+    assert measured_16 == pytest.approx(measured_8, abs=1e-3)
+    assert history_16 == pytest.approx(history_8, abs=1e-5)
+
+
+def test_wrapped_data_sets_are_augmented_as_anomalibs_are(mvtec_ad):
+    data = Folder("n", root=mvtec_ad / "bottle", normal_dir="train/good", abnormal_dir="test/broken",
+                  mask_dir="ground_truth/broken", augmentations=RandomHorizontalFlip(), num_workers=0)  # fmt: skip
+    data.setup()
+    for dataset in (data.test_data, Subset(data.test_data, [1]), ConcatDataset([data.train_data, data.test_data])):
+        torch.manual_seed(0)
+        wanted = [dataset[index] for index in range(len(dataset))]
+        torch.manual_seed(0)
+        other = read_right(dataset)
+        assert type(other) is not type(dataset) or other is not dataset
+        for item, index in zip(wanted, range(len(dataset)), strict=True):
+            got = other[index]
+            assert torch.equal(got.image, item.image)
+            assert (got.gt_mask is None) == (item.gt_mask is None)
+            assert got.gt_mask is None or torch.equal(got.gt_mask, item.gt_mask)
+            assert (got.image_path, got.mask_path, got.gt_label) == (item.image_path, item.mask_path, item.gt_label)
+
+
+def test_loaders_that_cannot_be_followed_refuse_deep_images(both, tmp_path):
+    dataset = PredictDataset(both[1] / "bad")
+    combined = CombinedLoader([DataLoader(dataset, collate_fn=dataset.collate_fn)], "sequential")
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"data: wanted images of 8 bits where .*, got .*0.png, of Pillow's mode I;16"):
+        trainer.predict(make_model(), combined)
+
+
+def test_synthetic_anomalies_of_deep_images_are_refused(both, tmp_path):
+    for root, refused in zip(both, (False, True), strict=True):
+        data = folder(root, val_split_mode="synthetic")
+        engine = make_engine(tmp_path / root.name)
+        if refused:
+            with pytest.raises(ValueError, match=r"data: wanted images of 8 bits for synthetic anomalies"):
+                engine.fit(make_model(), datamodule=data)
+        else:
+            engine.fit(make_model(), datamodule=data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_names_a_broken_file(num_workers, images, tmp_path):
+    shutil.copytree(images, tmp_path / "data")
+    broken = tmp_path / "data" / "good" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:900])
+    data = folder(tmp_path / "data", num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"data: wanted an image that can be read, got .*good/3.png: OSError: .*trunc"):
+        make_engine(tmp_path).fit(make_model(), datamodule=data)
+
+
+def test_other_models_of_the_same_trainer_read_as_anomalib_does(images, tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    dataset = PredictDataset(images / "bad")
+    trainer.predict(make_model(), DataLoader(dataset, collate_fn=dataset.collate_fn))
+    assert "dataloader" not in vars(data_source(trainer.predict_loop))
+
+
+def test_hidden_files_and_folders_called_like_images_are_passed_over(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("b/1.png", "0.JPG", ".hidden/0.png", "b/._1.png", "folder.png/2.png"):
+        make_picture(tmp_path / ".data" / name, False, rng)
+    found = [path.relative_to(tmp_path / ".data").as_posix() for path in find_images(tmp_path / ".data")]
+    assert found == ["0.JPG", "b/1.png", "folder.png/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "got"),
+    [
+        (lambda image: image * 255, ValueError, "values from .* to 255"),
+        (lambda image: (image - 0.45) / 0.22, ValueError, "values from -2"),
+        (lambda image: image * float("nan"), ValueError, "values from nan to nan"),
+        (lambda image: (image * 255).to(torch.uint8), TypeError, r"torch\.uint8"),
+        (lambda image: image[None], ValueError, r"shape \(1, 3, 64, 64\)"),
+        (lambda image: image[:1], ValueError, r"shape \(1, 64, 64\)"),
+        (lambda image: image.numpy(), TypeError, "ndarray"),
+    ],
+)
+def test_predictor_refuses_what_is_no_image_of_0_to_1(change, error, got, checkpoint):
+    image = torch.linspace(0, 1, 3 * 64 * 64).reshape(3, 64, 64)
+    predictor = Predictor(checkpoint, "cpu")
+    predictor(image * 1.005)  # what resampling overshoots
+    for score in (predictor, lambda image: measure_levels(make_model().eval(), image)):
+        with pytest.raises(error, match=rf"image: wanted an image \(3, H, W\) of floats from 0 to 1, .*got {got}"):
+            score(change(image))

@@ -285,6 +285,51 @@ def test_incomplete_category(removed, message, mvtec_ad, small, tmp_path):
         command(root, tmp_path / "output", *small, "--categories", "bottle")
 
 
+def scatter_junk(root: Path) -> None:
+    """Leave behind what notebooks, macOS and slips of the hand do."""
+    shutil.copytree(root / "bottle", root / ".ipynb_checkpoints")
+    for category in ("bottle", "pill"):
+        shutil.copytree(root / category / "test" / "good", root / category / "test" / ".ipynb_checkpoints")
+        for role in ("train/good", "test/good", "test/broken"):
+            (root / category / role / "._000.png").write_bytes(b"resource fork")
+            (root / category / role / "a.png").mkdir()
+    (root / "bottle" / "ground_truth" / "broken" / "._000_mask.png").write_bytes(b"resource fork")
+
+
+def test_hidden_files_and_folders_called_like_images_change_nothing(mvtec_ad, small, tmp_path):
+    root = shutil.copytree(mvtec_ad, tmp_path / "root")
+    command(root, tmp_path / "clean", *small)
+    scatter_junk(root)
+    command(root, tmp_path / "output", *small)
+    for category in ("bottle", "pill"):
+        clean, run = run_of(tmp_path / "clean", category, 0), run_of(tmp_path / "output", category, 0)
+        assert run["images"] == {"train": 6, "good": 3, "defective": 4}
+        assert {name: value for name, value in run.items() if "AUROC" in name} == {
+            name: value for name, value in clean.items() if "AUROC" in name
+        }
+    assert not (tmp_path / "output" / ".ipynb_checkpoints").exists()
+    with pytest.raises(SystemExit, match=r"categories: wanted some of bottle, pill, .*got .ipynb_checkpoints"):
+        command(root, tmp_path / "other", *small, "--categories", "[.ipynb_checkpoints]")
+
+
+def test_visa_passes_over_hidden_files(visa, small, tmp_path):
+    command(visa, tmp_path / "clean", *small, data="Visa")
+    (visa / "visa_pytorch" / "candle" / "train" / "good" / "._000.JPG").write_bytes(b"resource fork")
+    command(visa, tmp_path / "output", *small, data="Visa")
+    clean, run = (run_of(tmp_path / name, "candle", 0) for name in ("clean", "output"))
+    assert (run["images"], run["pixel_AUROC"]) == (clean["images"], clean["pixel_AUROC"])
+
+
+def test_broken_image_is_named(mvtec_ad, small, tmp_path, caplog):
+    root = shutil.copytree(mvtec_ad, tmp_path / "root")
+    broken = root / "bottle" / "test" / "good" / "001.png"
+    broken.write_bytes(broken.read_bytes()[:900])
+    with pytest.raises(SystemExit, match="no results of bottle"):
+        command(root, tmp_path / "output", *small, "--categories", "bottle")
+    assert "data: wanted an image that can be read, got" in caplog.text
+    assert "test/good/001.png: OSError: image file is truncated" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def maps_and_masks():
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 """What can go wrong, by the rows of docs/trouble.md: no wrong verdict in silence."""
 
 import errno
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from anomalib.callbacks import TilerConfigurationCallback
+from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
@@ -397,3 +398,66 @@ def test_loaders_that_stretch_images_are_told(make_model, images, tmp_path, told
         engine = Engine(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=0, **QUIET)
         engine.fit(make_model(), train_dataloaders=loader)
         assert any(message.startswith("DataLoader: images of a batch") for message in told) == stretched
+
+
+@pytest.mark.parametrize("junk", ["bad/._0.png", "good_test/.ipynb_checkpoints/0.png"])
+def test_junk_ends_a_run_before_it_is_paid_for(make_model, images, tmp_path, junk):
+    shutil.copytree(images, tmp_path / "data")
+    path = tmp_path / "data" / junk
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"resource fork")
+    with pytest.raises(ValueError, match=f"data: wanted images without hidden files.*{Path(junk).name}"):
+        Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(make_model(), datamodule=folder(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("share", [0.2, 0])
+def test_an_exception_within_a_validation_leaves_the_averaged_student(make_model, images, tmp_path, share):
+    averages, checkpoints = [], []
+
+    class Stop(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            averages.append(trained_student(pl_module))  # what is validated
+            trainer.save_checkpoint(tmp_path / "within.ckpt")
+            checkpoints.append(torch.load(tmp_path / "within.ckpt", weights_only=True))
+            msg = "stop"
+            raise RuntimeError(msg)
+
+    model = make_model(held_out_share=share, ema_decay=0.9, lr=0.4)
+    engine = Engine(callbacks=[Stop()], default_root_dir=tmp_path, max_epochs=1, **QUIET)
+    with pytest.raises(RuntimeError, match="stop"):
+        engine.fit(model, datamodule=folder(images))
+    assert same(trained_student(model), averages[0])
+    state = checkpoints[0]["stfpm_ext_held_out"]
+    assert same(state["average"], averages[0])
+    assert not same(state["student"], averages[0])
+    kept = {name: checkpoints[0]["state_dict"][f"model.student_model.{name}"] for name in averages[0]}
+    assert same(kept, averages[0])
+
+
+def test_an_average_follows_steps_alone_where_gradients_are_accumulated(make_model, images, tmp_path):
+    """The resumed run begins with a batch after which no step is made."""
+
+    def run(epochs, ckpt_path=None):
+        model = make_model(held_out_share=0, ema_decay=0.9)
+        each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+        engine = Engine(
+            callbacks=[each], default_root_dir=tmp_path, max_epochs=epochs, accumulate_grad_batches=2, **QUIET
+        )
+        engine.fit(model, datamodule=folder(images), ckpt_path=ckpt_path)
+        return model
+
+    unbroken = trained_student(run(3))
+    assert same(trained_student(run(3, tmp_path / "epoch=1.ckpt")), unbroken)
+
+
+def test_callbacks_with_states_of_their_own_do_not_stop_the_end_of_a_fit(make_model, images, tmp_path):
+    class Own(Callback):
+        def state_dict(self):
+            return {"own": Path("a class that torch does not load with weights_only")}
+
+    model = make_model(held_out_share=0)
+    engine = Engine(callbacks=[Own()], default_root_dir=tmp_path, max_epochs=3, check_val_every_n_epoch=2, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    saved = torch.load(engine.best_model_path, weights_only=False)
+    assert not model.post_processor.image_threshold.isnan()
+    assert saved["callbacks"][Own().state_key]["own"] == Own().state_dict()["own"]

@@ -158,6 +158,27 @@ def test_level_command(checkpoint, images, tmp_path):
     assert wide == {"bad/0.png", "bad/1.png"}
 
 
+def test_commands_take_deep_images_and_pass_over_hidden_ones(checkpoint, images, tmp_path):
+    few = tmp_path / "images"
+    (few / ".ipynb_checkpoints").mkdir(parents=True)
+    (few / "._0.png").write_bytes(b"resource fork")
+    (few / ".ipynb_checkpoints" / "0.png").write_bytes((images / "bad" / "0.png").read_bytes())
+    (few / "a.png").mkdir()
+    gray = np.asarray(Image.open(images / "bad" / "0.png").convert("L"))
+    Image.fromarray(gray).save(few / "8.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(few / "16.png")
+    draw("levels", checkpoint=checkpoint, images=few, output=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["16.png", "8.png"]
+    shown = [np.asarray(Image.open(tmp_path / "out" / name)) for name in ("8.png", "16.png")]
+    assert np.array_equal(*shown)
+    draw("histogram", checkpoint=checkpoint, good=few, defective=few, output=tmp_path / "histogram.png")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "8_mask.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match=r"masks: wanted masks that can be read, got .*8_mask.png"):
+        draw("levels", checkpoint=checkpoint, images=few, output=tmp_path / "out", masks=masks)
+
+
 def test_histogram_command(checkpoint, images, tmp_path):
     file = tmp_path / "new" / "histogram.png"
     draw("histogram", checkpoint=checkpoint, good=images / "good_test", defective=images / "bad", output=file)
@@ -177,7 +198,7 @@ def test_errors_of_the_commands(checkpoint, images, tmp_path, tmp_path_factory):
         ({"images": tmp_path}, "ValueError: images: wanted a folder with images"),
         ({"output": images / "bad"}, "ValueError: output: wanted a folder that does not"),
         ({"output": images}, "ValueError: output: wanted a folder that does not hold"),
-        ({"images": broken}, r"ValueError: image: wanted an image that can be read, got .*x.png"),
+        ({"images": broken}, r"ValueError: images: wanted an image that can be read, got .*x.png"),
         ({"masks": images}, "ValueError: masks: wanted masks of images"),
     ):
         with pytest.raises(SystemExit, match=message):

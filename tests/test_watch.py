@@ -86,10 +86,11 @@ def test_scores_and_overlays_are_those_of_anomalib_predict(checkpoint, folder, t
         assert (row["threshold"], row["error"]) == ("0.5", "")
         assert float(row["seconds"]) > 0
         assert time.strptime(row["time"][:19] + row["time"][23:], "%Y-%m-%dT%H:%M:%S%z")
+        if path.name == "deep.PNG":  # of whose 16 bits anomalib draws a clipped picture
+            continue
         (theirs,) = (tmp_path / "results").rglob(f"images/*/{path.name}")
         ours = tmp_path / "overlays" / path.relative_to(folder)
-        if path.suffix != ".PNG":  # anomalib draws gray of 16 bits white
-            assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
+        assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
     assert {row["verdict"] for row in found.values()} == {"good", "defective"}
 
 
@@ -153,6 +154,23 @@ def test_broken_files_are_told_once_and_leave_a_row(checkpoint, folder, capsys):
         added = list(csv.reader(file))[before:]
     assert [(row[1], row[6]) for row in added] == [("half.png", "")]
     assert added[0][2]
+
+
+def test_deep_images_are_scored_as_those_of_8_bits_or_have_an_error(checkpoint, folder):
+    gray = np.asarray(Image.open(folder / "bad" / "0.png").convert("L"))
+    Image.fromarray(gray).save(folder / "8.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(folder / "16.png")
+    Image.fromarray(gray.astype(np.float32) / 255).save(folder / "floats.tif")
+    Image.fromarray(gray.astype(np.float32)).save(folder / "255.tif")
+    Image.fromarray(gray.astype(np.int32)).save(folder / "32.tif")
+    watch(checkpoint, folder, "--once")
+    found = rows(folder)
+    score = float(found["8.png"]["score"])
+    assert float(found["16.png"]["score"]) == pytest.approx(score, abs=1e-3)
+    assert float(found["floats.tif"]["score"]) == pytest.approx(score, abs=1e-3)
+    assert "wanted floats from 0 to 1" in found["255.tif"]["error"]
+    assert "or 32 bits" in found["32.tif"]["error"]
+    assert {(found[name]["score"], found[name]["verdict"]) for name in ("255.tif", "32.tif")} == {("", "")}
 
 
 def test_file_that_is_being_written_is_waited_for(checkpoint, folder, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 """Checks at the start of a fit, a validation, a test or a prediction, before any work is lost."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from anomalib.data import AnomalibDataset, PredictDataset
@@ -18,6 +19,7 @@ from torchvision.transforms.v2 import CenterCrop, Normalize, Resize, Transform
 from .._compat import is_compiled
 from ..backbones import pretrained_config
 from ..errors import fail
+from ..images import image_paths
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -26,12 +28,16 @@ class Checks(Callback):
     """Refuses what would end in a wrong verdict, and warns of what may."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what the trainer does to numbers.
+        """Check what the trainer does to numbers, and the files of a data module, which may be read much later.
 
         Raises:
-            ValueError: If the trainer's precision is not one that the model can be scored in.
+            ValueError: If the trainer's precision is not one that the model can be scored in, or there are hidden files
+                or folders among the images.
         """
         del pl_module, stage
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        for subset in ("train_data", "val_data", "test_data"):
+            check_files(getattr(datamodule, subset, None))
         if trainer.precision not in PRECISIONS:
             fail(ValueError, "precision", f"one of {PRECISIONS}", repr(trainer.precision))
 
@@ -72,6 +78,13 @@ class Checks(Callback):
         check_teacher(pl_module)
         check_collation(trainer.predict_dataloaders)
         check_threshold(pl_module)
+
+
+def check_files(dataset: Any) -> None:
+    """Raise where anomalib takes for images what systems and tools leave behind."""
+    for path in map(Path, image_paths(dataset)):
+        if path.name.startswith(".") or path.parent.name.startswith("."):
+            fail(ValueError, "data", "images without hidden files and folders among them", path)
 
 
 def check_teacher(model: Any) -> None:

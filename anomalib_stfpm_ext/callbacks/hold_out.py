@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from .._compat import data_source, forget_loader
 from ..errors import fail
+from ..images import read_right
 
 
 def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader[Any]]:
@@ -44,7 +45,7 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
     datamodule: Any = source.instance
     if getattr(datamodule, "val_split_mode", None) == ValSplitMode.FROM_TRAIN:
         loader = datamodule.val_dataloader()
-        dataset, held_out = loader.dataset, good_images(loader.dataset)
+        dataset, held_out = read_right(loader.dataset), good_images(loader.dataset)
         if not len(held_out):
             wanted = "good images in the data module's split, as val_split_mode is from_train"
             fail(ValueError, "held_out_share", wanted, f"none of {len(dataset)}")

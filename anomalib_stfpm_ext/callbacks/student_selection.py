@@ -20,6 +20,7 @@ from .students import Measurement, Students
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.utils.data import DataLoader
 
 CHECKPOINT_KEY = "stfpm_ext_held_out"
@@ -155,11 +156,13 @@ class StudentSelection(FitResource):
             self._check_settings(resumed)
         model: Any = pl_module
         self._verdicts = Verdicts(model.post_processor)
-        self._step = trainer.global_step
-        if trainer.ckpt_path is not None:  # the checkpoint's post-processor is that of its student
-            self._verdicts.keep(_best_step(resumed) if resumed and self.share else trainer.global_step)
-        if not self.share and self.ema_decay is None:
-            return
+        if self.share or self.ema_decay is not None:
+            self._start(trainer, model.model.student_model, resumed)
+        if trainer.ckpt_path is not None:
+            self._verdicts.keep(self._kept_step)  # the checkpoint's, which are of the student that it keeps
+
+    def _start(self, trainer: Trainer, network: "nn.Module", resumed: dict[str, Any] | None) -> None:
+        """Hold images out, and begin with the students, or go on with those of a checkpoint."""
         if trainer.strategy.restore_checkpoint_after_setup:  # those that shard the model
             wanted = "a strategy that has the whole student in each process, such as ddp (or 0 to hold nothing out)"
             argument = "held_out_share" if self.share else "ema_decay"
@@ -171,10 +174,17 @@ class StudentSelection(FitResource):
         if resumed and resumed["images"] != self._num_images:
             wanted = f"{resumed['images']} held-out images as in the checkpoint"
             fail(ValueError, "held_out_share", wanted, self._num_images)
-        network, several = model.model.student_model, trainer.world_size > 1
-        self.students = Students(network, bool(self.share), self.ema_decay, several, resumed)
+        self.students = Students(network, bool(self.share), self.ema_decay, trainer.world_size > 1, resumed)
         if resumed:
             torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of the steps of a fit that is resumed, which Lightning restores only now."""
+        del pl_module
+        belong = self._verdicts is not None and self._verdicts.belong_to(self._kept_step)
+        self._step = trainer.global_step
+        if self._verdicts is not None and belong:
+            self._verdicts.keep(self._kept_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -299,11 +309,6 @@ class StudentSelection(FitResource):
         if trainer.world_size > 1:
             sum_and_count = trainer.strategy.reduce(sum_and_count.to(module.device), reduce_op="sum")
         return float(sum_and_count[0] / sum_and_count[1])
-
-
-def _best_step(resumed: dict[str, Any]) -> int | None:
-    best = min((Measurement(*one) for one in resumed["history"]), key=lambda one: one.value, default=None)
-    return best and best.step
 
 
 def check_decay(decay: float | None) -> None:

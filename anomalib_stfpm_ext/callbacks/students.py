@@ -48,6 +48,7 @@ class Students:
         self._network, self._measured, self._synchronised = network, measured, synchronised
         self.history: list[Measurement] = []
         self._average: ModelEmaV3 | None = None
+        self._average_in_network = False
         current = network.state_dict()
         if ema_decay is not None:
             # Running statistics are averaged like the weights: a copy would be that of other, newer features. timm's
@@ -97,9 +98,10 @@ class Students:
             self.swap_average()
 
     def swap_average(self) -> None:
-        """Exchange the averaged student, if there is one, with the one in the network."""
+        """Exchange the averaged student, if there is one, with the one in training."""
         if self._average is not None:
             self._swap(self._average.module.state_dict())
+            self._average_in_network = not self._average_in_network
 
     @torch.no_grad()
     def show(self, best: bool) -> None:
@@ -108,6 +110,8 @@ class Students:
         Args:
             best (bool): Which of the two. Before the first measurement, the best is the one that the fit began with.
         """
+        if self._average_in_network:  # an exception has ended a validation
+            self.swap_average()
         if best == self._best_in_network:
             return
         if best and not self._measured and self._average is not None:
@@ -121,8 +125,8 @@ class Students:
         """Return what resuming needs: the history, the student in training, and the averaged one or ``None``."""
         return {
             "history": [tuple(measurement) for measurement in self.history],
-            "student": dict(self._other if self._best_in_network else self._network.state_dict()),
-            "average": None if self._average is None else self._average.module.state_dict(),
+            "student": dict(self._other if self._best_in_network else self._side(averaged=False)),
+            "average": None if self._average is None else self._side(averaged=True),
         }
 
     def best_tensors(self) -> dict[str, torch.Tensor]:
@@ -131,7 +135,13 @@ class Students:
             return dict(self._network.state_dict())
         if self.best is not None:
             return self._other
-        return dict((self._network if self._average is None else self._average.module).state_dict())
+        return self._side(averaged=self._average is not None)
+
+    def _side(self, averaged: bool) -> dict[str, torch.Tensor]:
+        """Return the averaged student or the one in training, whichever of the two is in the network."""
+        in_network = averaged == self._average_in_network
+        module = self._network if in_network or self._average is None else self._average.module
+        return dict(module.state_dict())
 
     @torch.no_grad()
     def _swap(self, other: dict[str, torch.Tensor]) -> None:

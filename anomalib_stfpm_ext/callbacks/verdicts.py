@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from ..checkpoints import STUDENT_PREFIX, load_content
+from ..checkpoints import STUDENT_PREFIX
 
 PREFIX = "post_processor."  # of its tensors in a checkpoint's state_dict
 
@@ -75,7 +75,9 @@ class Verdicts:
             return
         wanted = {STUDENT_PREFIX + name: tensor for name, tensor in student.state_dict().items()}
         for path in _saved_files(trainer):
-            content = load_content(str(path))
+            content = torch.load(
+                path, map_location="cpu", weights_only=False
+            )  # of this fit, with its callbacks' states
             state = content["state_dict"]
             if all(name in state and torch.equal(state[name], tensor.cpu()) for name, tensor in wanted.items()):
                 self.write(content, step)

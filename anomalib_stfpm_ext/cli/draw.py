@@ -4,13 +4,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from anomalib.data.utils.image import get_image_filenames_from_dir, read_mask
+from anomalib.data.utils import read_mask
 from rich.progress import track
 
 from ..errors import fail
-from ..images import is_hidden, read_image
+from ..images import find_images, read_image
 from ..prediction import load_model
 from ..visualization import draw_histogram, draw_levels, measure_levels, raw_threshold
 
@@ -32,8 +33,8 @@ def levels(
         fail(ValueError, "output", "a folder that does not hold the images, which it might overwrite", output)
     mask_of = _match_masks(paths, images, masks) if masks else {}
     for path in track(paths, "drawing"):
-        image = read_image(path)
-        mask = read_mask(mask_of[path]) if path in mask_of else None
+        image = read_image(path, "images")
+        mask = _read_mask(mask_of[path]) if path in mask_of else None
         measured = measure_levels(model, image)
         picture = draw_levels(image.permute(1, 2, 0).numpy(), measured, mask, raw_threshold(model, pixels=True))
         file = output / path.relative_to(images)
@@ -55,9 +56,9 @@ def histogram(checkpoint: Path, good: Path, defective: Path, output: Path, teach
     model = load_model(checkpoint, teacher_weights=teacher_weights)
     good_paths, defective_paths = _images("good", good), _images("defective", defective)
     scores = [
-        measure_levels(model, read_image(path)).score
-        for kind, paths in (("good", good_paths), ("defective", defective_paths))
-        for path in track(paths, f"scoring, {kind}")
+        measure_levels(model, read_image(path, argument)).score
+        for argument, paths in (("good", good_paths), ("defective", defective_paths))
+        for path in track(paths, f"scoring, {argument}")
     ]
     labels = torch.tensor([0] * len(good_paths) + [1] * len(defective_paths))
     picture = draw_histogram(torch.tensor(scores), labels, raw_threshold(model))
@@ -66,12 +67,16 @@ def histogram(checkpoint: Path, good: Path, defective: Path, output: Path, teach
     print(f"The histogram of {len(scores)} scores is {output}")
 
 
-def _images(argument: str, folder: Path) -> list[Path]:
+def _read_mask(path: Path) -> Any:
     try:
-        found = get_image_filenames_from_dir(folder)
-    except ValueError:
-        found = []
-    paths = [path for path in found if path.is_file() and not is_hidden(path, folder)]
+        mask = read_mask(path)
+    except Exception as error:  # decoders raise all sorts of them
+        fail(ValueError, "masks", "masks that can be read", f"{path}: {type(error).__name__}: {error}")
+    return mask
+
+
+def _images(argument: str, folder: Path) -> list[Path]:
+    paths = find_images(folder)
     if not paths:
         fail(ValueError, argument, "a folder with images", folder)
     return paths

@@ -10,9 +10,10 @@ import pandas as pd
 from anomalib.data import Visa
 from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
 from anomalib.data.datasets.image import mvtecad, visa
+from anomalib.data.utils.image import is_image_file
 
 from ..errors import fail
-from ..images import is_hidden
+from ..images import is_junk
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,16 @@ class Category:
             Category: What the folder has.
 
         Raises:
-            ValueError: If it lacks images, or has masks for some defective images only.
+            ValueError: If it lacks images, or has masks for some defective images only. Hidden files do not count.
         """
         extensions = mvtecad.IMG_EXTENSIONS if data == "MVTecAD" else visa.EXTENSIONS
 
         def count(*parts: str) -> int:
-            files = folder.joinpath(*parts).rglob("*")
-            return sum(path.suffix in extensions and not is_hidden(path, folder) for path in files)
+            found = folder.joinpath(*parts).rglob("*")
+            return sum(path.suffix in extensions and not is_junk(path, folder) for path in found)
 
-        hidden = next((path for path in folder.rglob("*") if is_hidden(path, folder)), None)
-        if hidden is not None:  # anomalib takes it for an image or a kind of defects
-            fail(ValueError, "root", "a category without hidden files or folders, as other programs leave", hidden)
-        defects = sorted(path.name for path in folder.glob("test/*") if path.is_dir() and path.name != "good")
+        names = (path.name for path in folder.glob("test/*") if path.is_dir())
+        defects = sorted(name for name in names if name != "good" and not name.startswith("."))
         num_defective = sum(count("test", defect) for defect in defects)
         for role, num_images in (
             ("train/good", count("train", "good")),
@@ -66,6 +65,27 @@ class Category:
             wanted = f"a mask for each of the {num_defective} defective test images of {folder}, or none at all"
             fail(ValueError, "root", wanted, f"{num_masks} masks")
         return cls(folder, defects, num_masks > 0)
+
+
+def leave_out_junk(folder: Path, view: Path) -> bool:
+    """Make a view of a category without what is hidden, and without folders called like images: anomalib takes all.
+
+    Args:
+        folder (Path): The folder.
+        view (Path): Where links to its files go; nothing is made unless there is something to leave out.
+
+    Returns:
+        bool: Whether the view was made.
+    """
+    junk = [path for path in folder.rglob("*") if is_junk(path, folder) and (is_image_file(path) or not path.is_dir())]
+    if not junk:
+        return False
+    for path in folder.rglob("*"):
+        if not is_junk(path, folder) and not any(parent in junk for parent in path.parents):
+            link = view / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+    return True
 
 
 def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, Category]:
@@ -92,8 +112,8 @@ def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, C
         if not base.exists() and raw and split.is_file():
             Visa(root, raw[0]).prepare_data()
     # anomalib makes folders for VisA's absent categories too, but leaves them empty.
-    folders = [path for path in base.glob("*/train/good") if not is_hidden(path, base) and any(path.iterdir())]
-    found = sorted(path.parent.parent.name for path in folders)
+    folders = [path.parent.parent for path in base.glob("*/train/good") if any(path.iterdir())]
+    found = sorted(folder.name for folder in folders if not folder.name.startswith("."))
     if not found:
         layout = (
             "CATEGORY/train/good" if data == "MVTecAD" else "visa_pytorch/CATEGORY/train/good or split_csv/1cls.csv"
@@ -106,7 +126,8 @@ def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, C
     if data == "Visa" and split.is_file():  # a conversion that was interrupted looks like any other to anomalib
         expected = pd.read_csv(split)["object"].value_counts()
         for category, num_expected in expected.reindex(list(categories)).dropna().items():
-            num_found = sum(path.is_file() for path in (base / str(category)).glob("t*/*/*"))  # train and test
+            files = (base / str(category)).glob("t*/*/*")  # train and test
+            num_found = sum(not is_junk(path, base) for path in files)
             if num_found != num_expected:
                 wanted_images = f"the {num_expected:.0f} images of {split} in {base / str(category)}"
                 fail(ValueError, "root", wanted_images, f"{num_found}; remove {base} to have it made anew")

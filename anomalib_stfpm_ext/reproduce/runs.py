@@ -21,14 +21,15 @@ from anomalib.data import AnomalibDataModule, Folder, ImageBatch, MVTecAD, Visa
 from anomalib.engine import Engine
 from anomalib.pipelines.components.base import Job, JobGenerator
 from anomalib.visualization.image.functional import overlay_image, visualize_anomaly_map
-from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from ..errors import fail
 from ..files import write_file
+from ..images import read_image
 from ..lightning_model import StfpmExt
 from ..metrics import measure
 from ..visualization import draw_sheet, pick
-from .datasets import Category
+from .datasets import Category, leave_out_junk
 from .tables import write_tables
 
 PR_SET_PDEATHSIG = 1  # of prctl, from Linux's headers
@@ -97,11 +98,12 @@ class Plan:
         """
         return self.output / category / f"seed_{seed}"
 
-    def datamodule(self, category: str) -> AnomalibDataModule:
+    def datamodule(self, category: str, view: Path) -> AnomalibDataModule:
         """Make the data module of a category.
 
         Args:
             category (str): The category.
+            view (Path): Where links to the images go if there is junk beside them; it lasts as long as the run.
 
         Returns:
             AnomalibDataModule: anomalib's own for the data set. It insists on masks: where there are none, one for
@@ -109,12 +111,15 @@ class Plan:
         """
         arguments: dict[str, Any] = {"val_split_mode": "none", "num_workers": self.workers}
         found = self.categories[category]
-        if found.masks:
+        has_junk = leave_out_junk(found.folder, view)
+        if found.masks and not has_junk:
             module = MVTecAD if self.data == "MVTecAD" else Visa
             return module(root=self.root, category=category, **arguments)
+        if found.masks:  # in a view, whose links these modules do not follow; Folder takes the same images
+            arguments["mask_dir"] = [f"ground_truth/{defect}" for defect in found.defects]
         return Folder(
             name=category,
-            root=found.folder,
+            root=view if has_junk else found.folder,
             normal_dir="train/good",
             normal_test_dir="test/good",
             abnormal_dir=[f"test/{defect}" for defect in found.defects],
@@ -150,10 +155,10 @@ class ReproduceJob(Job):
         start = time.perf_counter()
         folder = self.plan.run_folder(self.category, self.seed)
         checkpoint = folder / "model.ckpt"
-        datamodule = self.plan.datamodule(self.category)
         # Without a post-processor, maps and scores stay as they are: anomalib's clamps them, which makes ties.
         model = StfpmExt(**self.plan.model, seed=self.seed, post_processor=False, evaluator=False, visualizer=False)
         with tempfile.TemporaryDirectory() as workspace:  # for anomalib's numbered folders
+            datamodule = self.plan.datamodule(self.category, Path(workspace, "view"))
             engine = Engine(
                 default_root_dir=workspace,
                 callbacks=[ModelCheckpoint(folder, filename="model", enable_version_counter=False)],
@@ -168,8 +173,8 @@ class ReproduceJob(Job):
             chosen = model.student_selection.best
             # From the checkpoint, which holds the chosen student, also where there was nothing left to train.
             batches = engine.predict(model, datamodule=datamodule, ckpt_path=checkpoint)
-        metrics = measure(batches)
-        draw_contact_sheet(folder / "contact_sheet.png", batches)
+            metrics = measure(batches)
+            draw_contact_sheet(folder / "contact_sheet.png", batches)
         labels = torch.cat([batch.gt_label for batch in batches])
         results = {
             "category": self.category,
@@ -265,7 +270,7 @@ def draw_contact_sheet(file: Path, batches: Sequence[ImageBatch]) -> None:
         picked = pick(scores, labels, label)
         pictures = []
         for index in picked:
-            photograph = Image.open(paths[index]).convert("RGB").resize((heat.shape[2], heat.shape[1]))
+            photograph = to_pil_image(read_image(paths[index])).resize((heat.shape[2], heat.shape[1]))
             overlay = overlay_image(photograph, visualize_anomaly_map(heat[index].numpy())).convert("RGB")
             pictures.append(np.vstack([np.asarray(photograph), np.asarray(overlay)]))
         rows.append((title, pictures, [f"score {scores[index]:.3g}" for index in picked]))

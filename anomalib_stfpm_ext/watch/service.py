@@ -161,7 +161,7 @@ def _read(path: Path) -> tuple[torch.Tensor | None, str]:
     """Read an image, or say why not."""
     try:
         return read_image(path), ""
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return None, str(error)
 
 
