@@ -170,7 +170,8 @@ def _address(array: "NumpyArray") -> int:
 
 
 def _strides(array: "NumpyArray") -> tuple[int, ...]:
-    return tuple(stride // array.itemsize for stride in array.strides)
+    size, (batch, channels, rows, columns) = array.itemsize, array.strides
+    return batch // size, channels // size, rows // size, columns // size  # a generator takes twice as long
 
 
 _ARRAYS = native.Access(_address, _strides)

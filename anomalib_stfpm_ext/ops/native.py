@@ -44,8 +44,10 @@ class CudaQueue(NamedTuple):
     stream: int
 
 
-class ScorerCall(NamedTuple):
-    """One call of the scorer; ``csrc/bindings/calls.cpp`` reads the fields in this order, here and below.
+class Levels(NamedTuple):
+    """The features of both sides; ``csrc/bindings/calls.cpp`` reads the fields in this order, here and below.
+
+    Addresses and strides stand in lists by level, since a tuple for each level takes longer to make and to read.
 
     Args:
         dtype (str): Of the features, by NumPy's name.
@@ -54,6 +56,21 @@ class ScorerCall(NamedTuple):
         teacher_strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
         student (Sequence[int]): Address of the student's features, of each level.
         student_strides (Sequence[Sequence[int]]): Their strides.
+    """
+
+    dtype: str
+    shapes: Sequence[Sequence[int]]
+    teacher: Sequence[int]
+    teacher_strides: Sequence[Sequence[int]]
+    student: Sequence[int]
+    student_strides: Sequence[Sequence[int]]
+
+
+class ScorerCall(NamedTuple):
+    """One call of the scorer.
+
+    Args:
+        levels (Levels): The features.
         image_size (Sequence[int]): Height and width of the map.
         combine_size (Sequence[int]): Height and width at which the levels are combined.
         weights (Sequence[float]): Weight of each level.
@@ -63,12 +80,7 @@ class ScorerCall(NamedTuple):
         level_maps (int): Address of the level maps ``(B, levels, *combine_size)``, or 0.
     """
 
-    dtype: str
-    shapes: Sequence[Sequence[int]]
-    teacher: Sequence[int]
-    teacher_strides: Sequence[Sequence[int]]
-    student: Sequence[int]
-    student_strides: Sequence[Sequence[int]]
+    levels: Levels
     image_size: Sequence[int]
     combine_size: Sequence[int]
     weights: Sequence[float]
@@ -79,24 +91,14 @@ class ScorerCall(NamedTuple):
 
 
 class LossCall(NamedTuple):
-    """One call of the loss, forward or backward, on at least one image.
+    """One call of the loss, forward or backward.
 
     Args:
-        dtype (str): Of the features, by NumPy's name.
-        shapes (Sequence[Sequence[int]]): Shape ``(B, C, H, W)`` of each level, of which there are 1 to 8.
-        teacher (Sequence[int]): Address of the teacher's features, of each level.
-        teacher_strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
-        student (Sequence[int]): Address of the student's features, of each level.
-        student_strides (Sequence[Sequence[int]]): Their strides.
+        levels (Levels): The features, of at least one image.
         scalars (int): Address of what backward needs to know of forward, ``(2, positions of all levels)``.
     """
 
-    dtype: str
-    shapes: Sequence[Sequence[int]]
-    teacher: Sequence[int]
-    teacher_strides: Sequence[Sequence[int]]
-    student: Sequence[int]
-    student_strides: Sequence[Sequence[int]]
+    levels: Levels
     scalars: int
 
 
@@ -127,16 +129,11 @@ def scorer_call(
     Returns:
         ScorerCall: The call.
     """
-    address, strides = access
+    address = access.address
     amap, score, *level_maps = outputs
     image_size = amap.shape[2:]
     return ScorerCall(
-        dtype_name(teacher[0].dtype),
-        [level.shape for level in teacher],
-        list(map(address, teacher)),
-        list(map(strides, teacher)),
-        list(map(address, student)),
-        list(map(strides, student)),
+        _levels(teacher, student, access),
         image_size,
         options.combine_size or image_size,
         options.weights,
@@ -159,15 +156,18 @@ def loss_call(teacher: Sequence[Any], student: Sequence[Any], scalars: Any, acce
     Returns:
         LossCall: The call.
     """
+    return LossCall(_levels(teacher, student, access), access.address(scalars))
+
+
+def _levels(teacher: Sequence[Any], student: Sequence[Any], access: Access) -> Levels:
     address, strides = access
-    return LossCall(
+    return Levels(
         dtype_name(teacher[0].dtype),
         [level.shape for level in teacher],
         list(map(address, teacher)),
         list(map(strides, teacher)),
         list(map(address, student)),
         list(map(strides, student)),
-        address(scalars),
     )
 
 

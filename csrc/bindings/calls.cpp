@@ -31,10 +31,11 @@ Any features_at(const Addresses& addresses, const AllDimensions& strides, size_t
   return {reinterpret_cast<void*>(addresses.at(index)), stride.batch, stride.channels, stride.height, stride.width};
 }
 
-/// Fills in number of levels, levels without weights, and batch.
+/// Fills in dtype, number of levels, levels without weights, and batch.
 template <class Params>
-void read_levels(const AllDimensions& shapes, const Addresses& teacher, const AllDimensions& teacher_strides,
-                 const Addresses& student, const AllDimensions& student_strides, Params& params) {
+void read_levels(const Levels& levels, Params& params) {
+  const auto& [dtype, shapes, teacher, teacher_strides, student, student_strides] = levels;
+  params.dtype = dtype_from(dtype);
   if (shapes.empty() || shapes.size() > kMaxLevels) throw std::invalid_argument("1 to 8 levels are supported");
   params.num_levels = static_cast<int>(shapes.size());
   params.batch = shapes[0].batch;
@@ -50,14 +51,13 @@ void read_levels(const AllDimensions& shapes, const Addresses& teacher, const Al
 }  // namespace
 
 AnomalyMapParams params_from(const ScorerCall& call) {
-  const auto& [dtype, shapes, teacher, teacher_strides, student, student_strides, image_size, combine_size, weights,
-               combine, map, score, level_maps] = call;
-  if (weights.size() != shapes.size()) throw std::invalid_argument("a weight for each level is needed");
+  const auto& [levels, image_size, combine_size, weights, combine, map, score, level_maps] = call;
   AnomalyMapParams params{};
-  params.dtype = dtype_from(dtype);
-  params.combination = combination_from(combine);
-  read_levels(shapes, teacher, teacher_strides, student, student_strides, params);
+  read_levels(levels, params);
+  if (weights.size() != static_cast<size_t>(params.num_levels))
+    throw std::invalid_argument("a weight for each level is needed");
   for (size_t i = 0; i < weights.size(); ++i) params.levels[i].weight = weights[i];
+  params.combination = combination_from(combine);
   params.height = image_size[0];
   params.width = image_size[1];
   params.combine_height = combine_size[0];
@@ -70,10 +70,9 @@ AnomalyMapParams params_from(const ScorerCall& call) {
 }
 
 FeatureMatchingParams params_from(const LossCall& call) {
-  const auto& [dtype, shapes, teacher, teacher_strides, student, student_strides, scalars] = call;
+  const auto& [levels, scalars] = call;
   FeatureMatchingParams params{};
-  params.dtype = dtype_from(dtype);
-  read_levels(shapes, teacher, teacher_strides, student, student_strides, params);
+  read_levels(levels, params);
   params.scalars = reinterpret_cast<void*>(scalars);
   return params;
 }

@@ -28,9 +28,9 @@ struct Dimensions {
 // The fields have their names in calls.cpp, and their meaning in ops/native.py.
 using Addresses = std::vector<uintptr_t>;
 using AllDimensions = std::vector<Dimensions>;
-using ScorerCall = std::tuple<std::string, AllDimensions, Addresses, AllDimensions, Addresses, AllDimensions, Size,
-                              Size, std::vector<double>, std::string, uintptr_t, uintptr_t, uintptr_t>;
-using LossCall = std::tuple<std::string, AllDimensions, Addresses, AllDimensions, Addresses, AllDimensions, uintptr_t>;
+using Levels = std::tuple<std::string, AllDimensions, Addresses, AllDimensions, Addresses, AllDimensions>;
+using ScorerCall = std::tuple<Levels, Size, Size, std::vector<double>, std::string, uintptr_t, uintptr_t, uintptr_t>;
+using LossCall = std::tuple<Levels, uintptr_t>;
 using Gradients = std::tuple<Addresses, AllDimensions>;
 
 /// Throws std::invalid_argument where outputs overlap with features or with each other.

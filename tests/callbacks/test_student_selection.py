@@ -12,7 +12,7 @@ import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
-from anomalib.data import utils as anomalib_utils
+from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
 from helpers import folder
 from lightning.pytorch import Callback, Trainer
@@ -166,7 +166,7 @@ def test_the_split_is_the_authors_and_leaves_the_random_state_alone():
 
 def test_training_sees_neither_held_out_nor_test_images(make_model, fit, images, monkeypatch):
     read = []
-    read_image = anomalib_utils.read_image
+    read_image = anomalib_dataset.read_image
 
     class Spy(v2.Transform):
         def __init__(self):
@@ -181,7 +181,7 @@ def test_training_sees_neither_held_out_nor_test_images(make_model, fit, images,
         read.append(Path(path).relative_to(images).as_posix())
         return read_image(path, **arguments)
 
-    monkeypatch.setattr(anomalib_utils, "read_image", spy)
+    monkeypatch.setattr(anomalib_dataset, "read_image", spy)
     in_training, in_test = Spy(), Spy()
     data = folder(images, train_augmentations=in_training, test_augmentations=in_test)
     held_out = {f"{index}.png" for index in split(8, 0.2, 0)}
@@ -675,14 +675,14 @@ from pathlib import Path
 
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
-from anomalib.data import utils as anomalib_utils
+from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
 from anomalib_stfpm_ext import StfpmExt
 
 images, weights, output = sys.argv[1:]
-read_image = anomalib_utils.read_image
+read_image = anomalib_dataset.read_image
 read = []
-anomalib_utils.read_image = lambda path, **arguments: read.append(Path(path).name) or read_image(path, **arguments)
+anomalib_dataset.read_image = lambda path, **arguments: read.append(Path(path).name) or read_image(path, **arguments)
 
 
 def fit(name, ckpt_path=None, **settings):
