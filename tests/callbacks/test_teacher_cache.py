@@ -170,6 +170,13 @@ def test_loader_of_the_users_own(fit):
     assert loader.collate_fn is collate  # the user's loader stays as it was
 
 
+class OwnConfig(PreProcessor):
+    """Saves its transform in a way of its own; anomalib's cannot save a random one, and is refused before."""
+
+    def checkpoint_config(self):
+        return {"transform": {}}
+
+
 def test_images_that_change_are_refused(fit, images):
     loader = DataLoader(Pairs(noise=0.1), batch_size=2, collate_fn=collate)
     wanted = "teacher_cache: wanted images that are the same in every epoch"
@@ -190,6 +197,7 @@ def test_images_that_change_are_refused(fit, images):
             r"no random train_augmentations, got .*RandomHorizontalFl",
         ),
         ({"data": folder(images, augmentations=v2.Compose([flip]))}, "no random train_augmentations, got .*Horizontal"),
+        ({"pre_processor": OwnConfig(flip)}, "no random pre_processor, got .*RandomHorizontalFlip"),
         ({"loader": [loader], "held_out_share": 0}, "in one DataLoader whose images can be counted, got list"),
         ({"loader": DataLoader(Stream(), collate_fn=collate), "held_out_share": 0}, "got DataLoader of Stream"),
     ):
@@ -208,6 +216,7 @@ def test_images_that_change_keep_no_features_by_default(fit, images, caplog, mon
     noisy = DataLoader(Pairs(noise=0.1), batch_size=2, collate_fn=collate)
     for arguments, reason in (
         ({"data": folder(images, train_augmentations=v2.RandomHorizontalFlip())}, "no random train_augmentations"),
+        ({"pre_processor": OwnConfig(v2.RandomHorizontalFlip())}, "no random pre_processor"),
         ({"loader": noisy, "held_out_share": 0}, "more than the 4 images of an epoch"),
         ({"loader": DataLoader(Stream(), collate_fn=collate), "held_out_share": 0}, "got DataLoader of Stream"),
         ({"callbacks": [Brighter()]}, "more than the 8 images of an epoch"),
