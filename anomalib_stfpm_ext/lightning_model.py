@@ -39,6 +39,7 @@ from .checkpoints import bring_back, check_network, leave_out, load_content, nam
 from .errors import fail
 from .exports import ExactExports
 from .loss import StfpmExtLoss
+from .post_processing import FewPassPostProcessor
 from .torch_model import CompileMode, StfpmExtModel
 from .weights import read_file
 
@@ -390,6 +391,14 @@ class StfpmExt(ExactExports, AnomalibModule):
         return PreProcessor(
             Compose([Resize(image_size or (256, 256), antialias=True), Normalize(mean=list(mean), std=list(std))])
         )
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Normalise and threshold as anomalib does.
+
+        Returns:
+            PostProcessor: The post-processor.
+        """
+        return FewPassPostProcessor()
 
     def unfreeze(self) -> None:
         """Unfreeze the student; the teacher stays as it is."""

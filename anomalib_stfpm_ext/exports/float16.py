@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from anomalib.post_processing import PostProcessor
 
+from ..post_processing import FewPassPostProcessor
 from ..torch_model import StfpmExtModel
 
 
@@ -21,7 +22,9 @@ def largest_score(post_processor: PostProcessor | None) -> float | None:
     Returns:
         float | None: The largest value of the maps on the validation images, or ``None`` where results stay raw.
     """
-    if post_processor is None or type(post_processor) is not PostProcessor or not post_processor.enable_normalization:
+    if post_processor is None or type(post_processor) not in (PostProcessor, FewPassPostProcessor):
+        return None
+    if not post_processor.enable_normalization:
         return None
     largest = float(torch.maximum(post_processor.image_max, post_processor.pixel_max))
     return largest if 0 < largest < math.inf else None
