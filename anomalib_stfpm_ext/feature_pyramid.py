@@ -5,15 +5,15 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.models import load_state_dict
 from torch import nn
 from typing_extensions import Self
 
-from ._compat import has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, version
+from ._compat import descendants, has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, versions
 from .acceleration.folding import fold
 from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name
 from .errors import fail
@@ -22,6 +22,18 @@ from .weights import load_tensors, read_file
 # Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
 # system in each layer, and its page faults cost up to half of the time.
 CPU_PIXELS = 4 * 256 * 256
+
+
+class InferenceCopy(NamedTuple):
+    """A faster copy of a network.
+
+    Attributes:
+        network (nn.Module): The copy.
+        dtype (torch.dtype): What it computes in, and wants images in.
+    """
+
+    network: nn.Module
+    dtype: torch.dtype
 
 
 class FeaturePyramid(nn.Module):
@@ -62,72 +74,81 @@ class FeaturePyramid(nn.Module):
         # For inference: a copy (in a tuple, so that it is no part of the model), and the state of what it was made of.
         self._folded: tuple[Any, ...] = ()
         self._folded_state: list[Any] | None = None
+        self._folded_dtype = torch.float32
+        self._versions: list[int] = []
         # Swin and its like return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor, copy: InferenceCopy | None = None) -> dict[str, torch.Tensor]:
         """Extract the features.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            copy (InferenceCopy | None): What :meth:`inference_copy` has just returned. Defaults to ``None``: it is
+                asked.
 
         Returns:
             dict[str, torch.Tensor]: Features ``(B, C, H_l, W_l)`` by level, in the order of ``layers``.
         """
-        features = self._extract(images)
+        copy = copy or self.inference_copy(images)
+        if copy is None:
+            return self._by_level(self.feature_extractor(images))
+        # Called itself, a traced network prints its errors.
+        parts = [copy.network.forward(part.to(copy.dtype)) for part in self._parts(images)]
+        return self._by_level(parts[0] if len(parts) == 1 else list(map(torch.cat, zip(*parts, strict=True))))
+
+    def inference_copy(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> InferenceCopy | None:
+        """Return the inference copy, up to date, if features are all that is wanted.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or others of their shape.
+            dtype (torch.dtype): What to compute in. Defaults to ``torch.float32``.
+
+        Returns:
+            InferenceCopy | None: The copy, of float32 where the network cannot compute in that dtype, which the log
+                says. ``None`` with gradients, forward-mode ones too, autocast, hooks within the network or modules of
+                it in training mode, and where :func:`is_traced`, since compilers fold by themselves.
+        """
+        if is_traced(images) or is_transformed():
+            return None
+        modules = descendants(self.feature_extractor)
+        tensors = own_tensors(modules)
+        if torch.is_grad_enabled() and (images.requires_grad or any(tensor.requires_grad for tensor in tensors)):
+            self._folded, self._folded_state = (), None  # a step may follow, and torch does not count all of them
+            return None
+        if torch.is_autocast_enabled(images.device.type) or any(
+            module.training or has_hooks(module) for module in modules
+        ):
+            return None
+        if images.dtype != tensors[0].dtype:  # for torch to refuse
+            return None
+        state = [dtype, *map(id, modules), *map(id, tensors), *map(torch.Tensor.data_ptr, tensors)]
+        if not self._folded or state != self._folded_state or versions(tensors) != self._versions:
+            if any(map(torch.is_inference, tensors)):  # whose changes are not counted
+                return None
+            sample = self._parts(images)[0]
+            network = fold(self.feature_extractor, sample, dtype)
+            if network is None:
+                rank_zero_warn(
+                    f"inference_precision: {self.backbone!r} cannot compute in {dtype}, and goes on in float32."
+                )
+                network, dtype = fold(self.feature_extractor, sample), torch.float32
+            # With modules and tensors, so that no others get their place in memory.
+            self._folded = (network, modules, [tensor.detach() for tensor in tensors])
+            self._folded_state, self._versions, self._folded_dtype = state, versions(tensors), dtype
+        return InferenceCopy(self._folded[0], self._folded_dtype)
+
+    @staticmethod
+    def _parts(images: torch.Tensor) -> Sequence[torch.Tensor]:
+        if images.device.type != "cpu":
+            return [images]
+        return torch.split(images, max(1, CPU_PIXELS // (images.shape[-2] * images.shape[-1])))
+
+    def _by_level(self, features: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.channels_last_output:
             features = [level.permute(0, 3, 1, 2) for level in features]
         by_index = dict(zip(self.feature_extractor.feature_info.module_name(), features, strict=True))
         return {layer: by_index[layer] for layer in self.layers}
-
-    def _extract(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Run the network; for inference a copy of it whose batch norms are folded into the convolutions."""
-        features: list[torch.Tensor]
-        modules = list(self.feature_extractor.modules())
-        tensors = [tensor for module in modules for tensor in own_tensors(module)]
-        if self._folded and not is_traced(images) and self._wants_gradients(images):
-            self._folded, self._folded_state = (), None  # a step may follow, and torch does not count all of them
-        if (
-            not self.is_plain_inference(images)
-            or images.dtype != tensors[0].dtype  # for torch to refuse
-            or any(map(torch.is_inference, tensors))
-        ):
-            features = self.feature_extractor(images)
-            return features
-        parts = [images]
-        if images.device.type == "cpu":
-            count = max(1, CPU_PIXELS // (images.shape[-2] * images.shape[-1]))
-            parts = list(torch.split(images, count))
-        state = [*map(id, modules), *((tensor.data_ptr(), version(tensor)) for tensor in tensors)]
-        if state != self._folded_state:
-            # With modules and tensors, so that no others get their place in memory.
-            self._folded = (fold(self.feature_extractor, parts[0]), modules, [tensor.detach() for tensor in tensors])
-            self._folded_state = state
-        features, *others = map(self._folded[0].forward, parts)  # called itself, a traced network prints its errors
-        return [torch.cat(levels) for levels in zip(features, *others, strict=True)] if others else features
-
-    def is_plain_inference(self, images: torch.Tensor) -> bool:
-        """Tell whether features are all that is wanted.
-
-        Args:
-            images (torch.Tensor): The images.
-
-        Returns:
-            bool: ``False`` with gradients, forward-mode ones too, autocast, hooks within the network or modules of it
-                in training mode, and where :func:`is_traced`, since compilers fold by themselves.
-        """
-        return not (
-            is_traced(images)
-            or is_transformed()
-            or self._wants_gradients(images)
-            or torch.is_autocast_enabled(images.device.type)
-            or any(module.training or has_hooks(module) for module in self.feature_extractor.modules())
-        )
-
-    def _wants_gradients(self, images: torch.Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            images.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        )
 
     def train(self, mode: bool = True) -> Self:
         """Enter training or evaluation mode; training gives up the copy for inference."""
@@ -181,10 +202,10 @@ class Teacher(FeaturePyramid):
         """Stay in evaluation mode, whatever Lightning asks for."""
         return super().train(False)
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor, copy: InferenceCopy | None = None) -> dict[str, torch.Tensor]:
         """Extract the features without gradients; see :meth:`FeaturePyramid.forward`."""
         with torch.no_grad():
-            return super().forward(images)
+            return super().forward(images, copy)
 
     def _load_pretrained(self) -> None:
         name = pretrained_name(self.backbone)

@@ -33,6 +33,7 @@ from .callbacks.cosine_schedule import CosineSchedule
 from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
 from .callbacks.image_reading import ImageReading
+from .callbacks.scoring_precision import InferencePrecision, ScoringPrecision, check_precision, tell_other
 from .callbacks.student_selection import StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network, restore_tiler
@@ -94,6 +95,12 @@ class StfpmExt(ExactExports, AnomalibModule):
         compile_mode (Literal["default", "reduce-overhead", "max-autotune"] | None): Have ``torch.compile`` compile
             inference in this mode, once for each size of images; the last two replay CUDA graphs on a GPU. Neither
             checkpoints nor exports are of it. Defaults to ``None``, which compiles nothing.
+        inference_precision (Literal["float32", "bfloat16", "float16", "auto"] | None): What both networks compute in
+            when they score images: in validation, test and prediction alike, since thresholds fit one precision only.
+            It is saved in checkpoints. Where the machine does not compute faster in it, float32 is used, and a line
+            says so. ``"auto"`` takes the fastest whose scores of the held-out images stay those of float32 but for a
+            tenth of their standard deviation, tried at the end of the fit. Defaults to ``None``: the checkpoint's, or
+            the trainer's (``bf16-mixed`` and its like), or float32.
         image_size (tuple[int, int] | None): Height and width to which images are resized; the normalisation stays the
             teacher's. Defaults to ``None``, the paper's 256x256, or the one size that the backbone takes.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
@@ -139,6 +146,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         teacher_cache: CacheLocation | None = "auto",
         teacher_cache_half: bool = False,
         compile_mode: CompileMode | None = None,
+        inference_precision: InferencePrecision | None = None,
         image_size: tuple[int, int] | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -154,6 +162,7 @@ class StfpmExt(ExactExports, AnomalibModule):
                 fail(ValueError, argument, "a finite number of at least 0", value)
         if isinstance(seed, bool) or not isinstance(seed, Integral | None):
             fail(TypeError, "seed", "a whole number or None", repr(seed))
+        check_precision(inference_precision)
         selection = StudentSelection(held_out_share, seed or 0, ema_decay)
         if seed is not None:
             seed_everything(seed, workers=True)
@@ -173,6 +182,9 @@ class StfpmExt(ExactExports, AnomalibModule):
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.model = model
+        self.inference_precision = inference_precision
+        self.asked_precision = None if inference_precision == "auto" else inference_precision  # or the trainer's
+        model.precision = self.asked_precision or "float32"
         self.last_trainer: int | None = None  # the id, for Checks
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
@@ -241,8 +253,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         return self._score(batch)
 
     def _score(self, batch: Batch) -> STEP_OUTPUT:
-        # A trainer's mixed precision is for training. A threshold of bfloat16 maps would not fit those of float32,
-        # which Predictor, exports and other trainers compute.
+        # The networks' precision is their own, the same with every trainer; see ScoringPrecision.
         with torch.autocast(self.device.type, enabled=False):
             result: STEP_OUTPUT = batch.update(**self.model(batch.image)._asdict())
         return result
@@ -294,6 +305,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             DistributedSetup(),
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
+            ScoringPrecision(self.student_selection),  # before the student that is kept gets its last validation
             self.student_selection,
             *([self.cache] if self.cache else []),
             AllocatorTuning(),  # trims what the others free
@@ -326,6 +338,10 @@ class StfpmExt(ExactExports, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         bring_back(checkpoint, self.model.teacher_model)
         restore_tiler(self.model, saved, must_match=self._is_fitting)
+        if self.asked_precision is None:
+            self.model.precision = saved.get("precision", "float32")
+        elif not self._is_fitting:
+            tell_other(saved.get("precision", "float32"), self.asked_precision)
         if not self._is_fitting:
             self.student_selection.forget()
             return
@@ -425,6 +441,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         """
         kwargs.setdefault("teacher_weights", False)
         kwargs.setdefault("seed", None)  # of the training; the caller's random numbers are not ours
+        kwargs.setdefault("inference_precision", None)  # the checkpoint says what was chosen
         kwargs.setdefault("image_size", None)  # the checkpoint brings the whole transform
         try:
             model: StfpmExt = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -4,16 +4,19 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ._compat import register_namedtuple
 from .acceleration.concurrent import can_run_concurrently, run_concurrently
+from .acceleration.precision import Precision, dtype_on
 from .errors import fail
 from .feature_pyramid import FeaturePyramid, Student, Teacher, is_traced
 from .ops.anomaly_map import has_kernel
@@ -49,6 +52,8 @@ class StfpmExtModel(nn.Module):
 
     Attributes:
         gain (float): What each level's distances are multiplied by; other than 1 only while ``StfpmExt.to_onnx`` runs.
+        precision (Precision): What both networks compute in when they score images, where that is of use; see
+            :func:`.acceleration.precision.dtype_on`. Training, exports for ONNX and gradients are of float32.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
 
     Example:
@@ -59,7 +64,9 @@ class StfpmExtModel(nn.Module):
         torch.Size([2, 1, 64, 64])
     """
 
-    gain = 1.0  # of the class, since models that version 0.1 has exported bring none
+    # Of the class, since models that version 0.1 has exported bring none.
+    gain = 1.0
+    precision: Precision = "float32"
 
     def __init__(
         self,
@@ -105,8 +112,19 @@ class StfpmExtModel(nn.Module):
             expected, student = teacher(images), self._features(self.student_model, images)
         if self.training:
             return expected, student
+        result = self._score(expected, student, image_size)
+        if not is_traced(images) and _first(expected).dtype == torch.float16 and not result.pred_score.isfinite().all():
+            _warn_of_overflow()
+            expected, student = self.teacher_features(images), self._features(self.student_model, images)
+            result = self._score(expected, student, image_size)
+        return result
+
+    def _score(
+        self, expected: dict[str, torch.Tensor], student: dict[str, torch.Tensor], image_size: tuple[int, int]
+    ) -> InferenceBatch:
+        device = _first(expected).device
         combine_size = self.combine_size(expected)
-        lacks_kernel = images.device.type == "cuda" and not has_kernel(images.device)
+        lacks_kernel = device.type == "cuda" and not has_kernel(device)
         if lacks_kernel:
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
         if lacks_kernel or self.gain != 1:
@@ -119,7 +137,10 @@ class StfpmExtModel(nn.Module):
     def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:
         if self._compiled is None:
             self._compiled = torch.compile(self.forward, mode=self.compile_mode)
-        result = self._compiled(images.as_subclass(torch.Tensor))  # torch compiles no methods of torchvision's Image
+        with self._autocast(images, dtype_on(self.precision, images.device.type)):
+            result = self._compiled(
+                images.as_subclass(torch.Tensor)
+            )  # torch compiles no methods of torchvision's Image
         # The next replay of a CUDA graph writes where the results of this one are.
         return InferenceBatch(pred_score=result.pred_score.clone(), anomaly_map=result.anomaly_map.clone())
 
@@ -149,16 +170,31 @@ class StfpmExtModel(nn.Module):
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: Features ``(B, C, H_l, W_l)`` of teacher and
-                student by level.
+                student by level, of the model's :attr:`precision` in inference.
         """
-        teacher, student = partial(self.teacher_features, images), partial(self._features, self.student_model, images)
-        plain = all(network.is_plain_inference(images) for network in (self.teacher_model, self.student_model))
-        if plain and can_run_concurrently(images.device):
-            return run_concurrently(teacher, student)
-        return teacher(), student()
+        if is_traced(images):
+            return self.teacher_features(images), self._features(self.student_model, images)
+        dtype = dtype_on(self.precision, images.device.type)
+        tiles: torch.Tensor = self.tiler.tile(images) if self.tiler else images
+        networks = self.teacher_model, self.student_model
+        copies = [network.inference_copy(tiles, dtype) for network in networks]
+        if copies[0] is None or copies[1] is None:
+            with self._autocast(images, dtype):  # of networks with hooks, which cannot be copied
+                return self.teacher_features(images), self._features(self.student_model, images)
+        if copies[0].dtype != torch.float32:
+            tiles = tiles.to(copies[0].dtype).contiguous(memory_format=torch.channels_last)  # once for both
+        teacher, student = map(partial, networks, (tiles, tiles), copies)
+        sides = run_concurrently(teacher, student) if can_run_concurrently(images.device) else (teacher(), student())
+        return (self._untile(sides[0]), self._untile(sides[1])) if self.tiler else sides
+
+    @staticmethod
+    def _autocast(images: torch.Tensor, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """Have torch compute in a reduced dtype, but for gradients."""
+        reduced = dtype != torch.float32 and not torch.is_grad_enabled()
+        return torch.autocast(images.device.type, dtype) if reduced else nullcontext()
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute the teacher's side, which never changes for an image.
+        """Compute the teacher's side in float32, which never changes for an image.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
@@ -169,8 +205,21 @@ class StfpmExtModel(nn.Module):
         return self._features(self.teacher_model, images)
 
     def _features(self, pyramid: FeaturePyramid, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not self.tiler:
-            features: dict[str, torch.Tensor] = pyramid(images)
-            return features
-        tiles = pyramid(self.tiler.tile(images))
+        features: dict[str, torch.Tensor] = pyramid(self.tiler.tile(images) if self.tiler else images)
+        return self._untile(features) if self.tiler else features
+
+    def _untile(self, tiles: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert self.tiler is not None
         return {level: self.tiler.untile(features) for level, features in tiles.items()}
+
+
+def _first(features: dict[str, torch.Tensor]) -> torch.Tensor:
+    return next(iter(features.values()))
+
+
+@cache
+def _warn_of_overflow() -> None:
+    rank_zero_warn(
+        "inference_precision: features of this network overflow in float16. Such images are scored in float32; "
+        "inference_precision='bfloat16' has its range."
+    )

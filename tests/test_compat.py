@@ -61,18 +61,32 @@ def test_stream_is_the_current_one():
 
 def test_changes_in_place_are_counted():
     tensor = torch.ones(2)
-    before = _compat.version(tensor)
+    (before,) = _compat.versions([tensor])
     tensor.add_(1)
-    assert _compat.version(tensor) == before + 1
+    assert _compat.versions([tensor]) == [before + 1]
 
 
 def test_tensors_are_the_modules_own():
     module = nn.Sequential(nn.BatchNorm2d(2))
     module.register_parameter("absent", None)
-    assert list(_compat.own_tensors(module)) == []
+    assert _compat.own_tensors([module]) == []
     norm = module[0]
     expected = [*norm.parameters(), *norm.buffers()]
-    assert [id(tensor) for tensor in _compat.own_tensors(norm)] == [id(tensor) for tensor in expected]
+    assert [id(tensor) for tensor in _compat.own_tensors([module, norm])] == [id(tensor) for tensor in expected]
+
+
+def test_descendants_are_all_modules_once():
+    shared = nn.ReLU()
+    module = nn.Sequential(nn.Sequential(shared, nn.BatchNorm2d(2)), shared)
+    module.register_module("absent", None)
+    found = _compat.descendants(module)
+    assert len(found) == 4
+    assert set(found) == set(module.modules())
+
+
+def test_tiles_are_what_torch_finds_on_this_cpu():
+    assert _compat.has_tiles("bfloat16") in (True, False)
+    assert _compat.has_tiles("bfloat16") or not _compat.has_tiles("float16")
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

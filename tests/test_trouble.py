@@ -203,7 +203,7 @@ def test_precisions_that_change_the_weights_are_refused(make_model, fit, precisi
         fit(make_model(), precision=precision)
 
 
-def test_scores_of_a_mixed_precision_training_are_those_of_float32(make_model, fit, images):
+def test_scores_after_a_mixed_precision_training_are_the_same_everywhere(make_model, fit, images):
     model = make_model()
     engine = fit(model, precision="bf16-mixed")
     (batch,) = engine.predict(model, datamodule=folder(images, eval_batch_size=8), ckpt_path=engine.best_model_path)

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .._compat import convolve_packed, lacks_packed_convolution, pack_convolution
+from .._compat import convolve_packed, lacks_packed_convolution, own_tensors, pack_convolution
 from ..errors import fail
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def why_not_packed() -> str | None:
     return missing and f"torch {torch.__version__} has no {missing}"
 
 
-def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
+def fold(network: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Module | None:
     """Return the inference copy of a network, whose batch norms are folded into the convolutions before them.
 
     On a CPU, convolutions also add the shortcut and apply the activation that follow them, and their weights are in
@@ -60,15 +60,18 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
     Args:
         network (nn.Module): The network, in evaluation mode, which returns a list of features.
         images (torch.Tensor): Images ``(B, C, H, W)``, on which the copy is tried.
+        dtype (torch.dtype): Of weights and features of the copy. Batch norms that stay keep theirs. Defaults to
+            ``torch.float32``.
 
     Returns:
-        nn.Module: The copy, or the network itself where no copy is right.
+        nn.Module | None: The copy; where no copy is right, the network itself, or ``None`` if it is of another dtype.
     """
+    fallback = network if dtype == images.dtype else None
     try:
         exact = copy.deepcopy(network).cpu().double()
     except RuntimeError as error:  # of networks that keep what they have computed with gradients
         _tell("no inference copy is made, which is slower", error)
-        return network
+        return fallback
     channels, *size = images.shape[1:]
     try:
         probe = _make_probe(channels, *(min(side, _PROBE_SIDE) for side in size))
@@ -86,12 +89,22 @@ def fold(network: nn.Module, images: torch.Tensor) -> nn.Module:
                 (one - other).abs().max() <= 1e-9 * other.abs().max()
                 for one, other in zip(features, expected, strict=True)
             ):
-                folded = simplify(copy.deepcopy(network))
-                folded.forward(images)
+                folded = _cast(simplify(copy.deepcopy(network)), dtype)
+                folded.forward(images.to(dtype))
                 return folded
             _tell(without, "the copy's features are not the network's")
         except Exception as error:  # of modules that cannot be traced, or want their convolutions' weights
             _tell(without, error)
+    return fallback
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Have a network compute in a dtype; of batch norms, whose variances may be tiny, only the results are of it."""
+    for module in network.modules():
+        if not isinstance(module, nn.BatchNorm2d):
+            for tensor in own_tensors([module]):
+                if tensor.dtype == torch.float32:
+                    tensor.data = tensor.data.to(dtype)
     return network
 
 
@@ -225,22 +238,25 @@ def _trace(network: nn.Module) -> fx.Graph:
 class PackedConv2d(nn.Module):
     """A convolution that rearranges its weights once and not at every call, as inductor's freezing does.
 
-    oneDNN chooses the layout for the first images' shape; others get the same result, maybe later. Other dtypes than
-    float32 are for the check of the network: the same, by torch.
+    oneDNN chooses the layout for the first images' shape; others get the same result, maybe later. Double precision is
+    for the check of the network: the same, by torch.
 
     Attributes:
         activation (nn.Module | None): One of :data:`_ACTIVATIONS`, applied to the result.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
-        self.weight, self.bias = convolution.weight.detach(), convolution.bias
+        self.register_buffer("weight", convolution.weight.detach())
+        self.bias = convolution.bias
         self.geometry: Any = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
         self.activation: nn.Module | None = None
 
     def forward(self, features: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """Compute ``activation(convolution(features) + other)``."""
-        if self.weight.dtype != torch.float32:
+        if self.weight.dtype == torch.float64:
             return self._forward_by_torch(features, other)
         if not self.weight.is_mkldnn:
             self.weight = pack_convolution(self.weight, self.geometry, features.shape)

@@ -21,25 +21,20 @@ from ..backbones import pretrained_config
 from ..errors import fail
 from ..images import image_paths
 
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-
 
 class Checks(Callback):
     """Refuses what would end in a wrong verdict, and warns of what may."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what the trainer does to numbers, and the files of a data module, which may be read much later.
+        """Check the files of a data module, which may be read much later.
 
         Raises:
-            ValueError: If the trainer's precision is not one that the model can be scored in, or there are hidden files
-                or folders among the images.
+            ValueError: If there are hidden files or folders among the images.
         """
         del pl_module, stage
         datamodule: Any = getattr(trainer, "datamodule", None)
         for subset in ("train_data", "val_data", "test_data"):
             check_files(getattr(datamodule, subset, None))
-        if trainer.precision not in PRECISIONS:
-            fail(ValueError, "precision", f"one of {PRECISIONS}", repr(trainer.precision))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check trainer, images and teacher.

@@ -3,6 +3,7 @@
 """Student selection: images that are held out of the training decide which epoch's student is kept."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +140,11 @@ class StudentSelection(FitResource):
             **self.students.state(),
         }
 
+    def validate_again(self) -> None:
+        """Have the student that is kept validated at the end of the fit, since its scores will be others."""
+        if self._verdicts is not None:
+            self._verdicts.keep_none()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         del trainer, pl_module
@@ -261,7 +267,7 @@ class StudentSelection(FitResource):
                 self._closing, trainer.training = False, True
                 pl_module.train(training)
         if self._verdicts.belong_to(self._kept_step):
-            self._verdicts.complete_files(trainer, model.model.student_model, self._kept_step)
+            self._verdicts.complete_files(trainer, model.model, self._kept_step)
         else:
             rank_zero_warn(
                 "post_processor: no validation has set a threshold for the student that is kept, so predictions have "
@@ -293,22 +299,39 @@ class StudentSelection(FitResource):
     @torch.no_grad()
     def _mean_map(self, trainer: Trainer, module: AnomalibModule) -> float:
         """Compute the mean anomaly map of all held-out images; every process has a share, and all get the result."""
-        training, precision = module.model.training, trainer.precision_plugin
         teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
-        module.model.eval()
         sum_and_count = torch.zeros(2, dtype=torch.float64)
-        # The loader draws a seed for its workers, which must not change what the training draws.
-        with torch.random.fork_rng(devices=[]), torch.autocast(module.device.type, enabled=False):
-            for index, batch in enumerate(self.loader or ()):
-                batch = trainer.strategy.batch_to_device(precision.convert_input(batch))
-                if isinstance(module.pre_processor, Callback):
-                    module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-                means = module.model(batch.image, teacher).anomaly_map.mean((1, 2, 3))
-                sum_and_count += torch.tensor([means.cpu().double().sum(), len(means)], dtype=torch.float64)
-        module.model.train(training)
+        for images in held_out_images(trainer, module, self.loader):
+            means = module.model(images, teacher).anomaly_map.mean((1, 2, 3))
+            sum_and_count += torch.tensor([means.cpu().double().sum(), len(means)], dtype=torch.float64)
         if trainer.world_size > 1:
             sum_and_count = trainer.strategy.reduce(sum_and_count.to(module.device), reduce_op="sum")
         return float(sum_and_count[0] / sum_and_count[1])
+
+
+def held_out_images(
+    trainer: Trainer, module: AnomalibModule, loader: "DataLoader[Any] | None"
+) -> Iterator[torch.Tensor]:
+    """Iterate over this process's held-out images, with the networks in evaluation mode and without gradients.
+
+    Args:
+        trainer (Trainer): Trainer in a fit.
+        module (AnomalibModule): The model.
+        loader (DataLoader | None): :attr:`StudentSelection.loader`.
+
+    Yields:
+        torch.Tensor: Normalised images ``(B, 3, H, W)``, on the model's device.
+    """
+    training = module.model.training
+    module.model.eval()
+    # The loader draws a seed for its workers, which must not change what the training draws.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(module.device.type, enabled=False):
+        for index, batch in enumerate(loader or ()):
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            if isinstance(module.pre_processor, Callback):
+                module.pre_processor.on_test_batch_start(trainer, module, batch, index)
+            yield batch.image
+    module.model.train(training)
 
 
 def check_decay(decay: float | None) -> None:

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from ..checkpoints import STUDENT_PREFIX
+from ..checkpoints import STUDENT_PREFIX, name_network
+from ..torch_model import StfpmExtModel
 
 PREFIX = "post_processor."  # of its tensors in a checkpoint's state_dict
 
@@ -32,6 +33,10 @@ class Verdicts:
         state = {} if self._post_processor is None else self._post_processor.state_dict()
         if not all(tensor.isnan().all() for tensor in state.values()):
             self._step, self._tensors = step, {name: tensor.clone() for name, tensor in state.items()}
+
+    def keep_none(self) -> None:
+        """Keep nothing any more."""
+        self._step, self._tensors = None, {}
 
     def belong_to(self, step: int | None) -> bool:
         """Tell whether what is kept belongs to the student of a step; without post-processor nothing is needed."""
@@ -63,17 +68,17 @@ class Verdicts:
         if key in states:
             states[key] = {**states[key], **tensors}
 
-    def complete_files(self, trainer: Trainer, student: nn.Module, step: int | None) -> None:
+    def complete_files(self, trainer: Trainer, model: StfpmExtModel, step: int | None) -> None:
         """Put what is kept into the checkpoints that hold a student, and were saved before it was validated.
 
         Args:
             trainer (Trainer): Trainer at the end of its fit.
-            student (nn.Module): The student that is kept.
+            model (StfpmExtModel): The networks, with the student that is kept.
             step (int | None): Its step.
         """
         if not trainer.is_global_zero:
             return
-        wanted = {STUDENT_PREFIX + name: tensor for name, tensor in student.state_dict().items()}
+        wanted = {STUDENT_PREFIX + name: tensor for name, tensor in model.student_model.state_dict().items()}
         for path in _saved_files(trainer):
             content = torch.load(
                 path, map_location="cpu", weights_only=False
@@ -81,6 +86,7 @@ class Verdicts:
             state = content["state_dict"]
             if all(name in state and torch.equal(state[name], tensor.cpu()) for name, tensor in wanted.items()):
                 self.write(content, step)
+                name_network(content, model)
                 unfinished = path.with_name(f".{path.name}.{os.getpid()}")
                 torch.save(content, unfinished)
                 unfinished.replace(path)

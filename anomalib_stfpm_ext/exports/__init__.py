@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.deploy import CompressionType
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import fail
 from .float16 import float16_range, largest_score
@@ -72,6 +73,11 @@ class ExactExports(Base):
         """
         if self.pre_processor and self.pre_processor.transform:
             exportable(self.pre_processor.transform)  # complains here, where torch does not wrap the error in its own
+        if self.model.precision != "float32":
+            rank_zero_warn(
+                f"inference_precision: threshold and range were set in {self.model.precision}. An export for ONNX or "
+                "OpenVINO computes in what its runtime chooses, so scores differ slightly."
+            )
         with float16_range(self.model, self.post_processor):
             path: Path = super().to_onnx(*args, **kwargs)
         return path
