@@ -2,6 +2,7 @@
 
 """STFPM as a torch module: images in, anomaly map and score out."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from ._compat import register_namedtuple
 from .acceleration.concurrent import can_run_concurrently, run_concurrently
 from .acceleration.precision import Precision, dtype_on
 from .errors import fail
-from .feature_pyramid import FeaturePyramid, Student, Teacher, is_traced
+from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher, is_traced
 from .ops.anomaly_map import has_kernel
 from .ops.arguments import check_options
 from .ops.reference import formula
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 register_namedtuple(InferenceBatch, "anomalib.data.InferenceBatch")
 
+Sides = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # features by level, of teacher and student
+Copies = tuple[InferenceCopy, InferenceCopy]  # of teacher and student
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
@@ -103,41 +106,91 @@ class StfpmExtModel(nn.Module):
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
         inference = not (self.training or torch.is_grad_enabled())
-        if self.compile_mode and inference and teacher is None and not is_traced(images):
-            return self._forward_compiled(images)
-        image_size = (images.shape[-2], images.shape[-1])
-        if teacher is None:
-            expected, student = self.features(images)
+        if teacher is not None:
+            sides = teacher(images), self._features(self.student_model, images)
+        elif self.compile_mode and inference and not is_traced(images):
+            return self._finite(self._forward_compiled(images), images)
+        elif (copies := self._inference_copies(images)) is not None:
+            return self._finite(self._infer(images, copies), images)
         else:
-            expected, student = teacher(images), self._features(self.student_model, images)
+            sides = self._run_networks(images)
         if self.training:
-            return expected, student
-        result = self._score(expected, student, image_size)
-        if not is_traced(images) and _first(expected).dtype == torch.float16 and not result.pred_score.isfinite().all():
-            _warn_of_overflow()
-            expected, student = self.teacher_features(images), self._features(self.student_model, images)
-            result = self._score(expected, student, image_size)
-        return result
+            return sides
+        return self._finite(self._score(*sides, images), images)
+
+    def _finite(self, result: InferenceBatch, images: torch.Tensor) -> InferenceBatch:
+        """Return results, of float32 where features overflow in float16."""
+        if self.precision != "float16" or is_traced(images) or result.pred_score.isfinite().all():
+            return result
+        _warn_of_overflow()
+        return self._score(self.teacher_features(images), self._features(self.student_model, images), images)
+
+    def _infer(self, images: torch.Tensor, copies: Copies) -> InferenceBatch:
+        """Score images with copies of the networks: on a CPU a few at a time, whose features stay in the caches."""
+        parts = self._parts(images)
+        at_a_time = math.ceil(torch.get_num_threads() / 2)  # each has two networks
+        results = []
+        for start in range(0, len(parts), at_a_time):
+            group = parts[start : start + at_a_time]
+            sides = self._run_copies(group, copies)
+            results += [self._score(*both, part) for both, part in zip(sides, group, strict=True)]
+        if len(results) == 1:
+            return results[0]
+        return InferenceBatch(
+            pred_score=torch.cat([result.pred_score for result in results]),
+            anomaly_map=torch.cat([result.anomaly_map for result in results]),
+        )
+
+    def _parts(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Cut a batch into parts for the CPU: as large as caches allow, and enough to keep all of its threads busy."""
+        if images.device.type != "cpu" or self.tiler:
+            return [images]
+        height, width = images.shape[-2:]
+        for_all_threads = 2 * len(images) // torch.get_num_threads()
+        return torch.split(images, max(1, min(CPU_PIXELS // (height * width), for_all_threads)))
+
+    def _run_copies(self, parts: Sequence[torch.Tensor], copies: Copies) -> list[Sides]:
+        """Compute the features of each part by the copies of both networks, at the same time where that pays."""
+        dtype = copies[0].dtype
+        if self.tiler:
+            parts = [self.tiler.tile(part) for part in parts]
+        if dtype != torch.float32:
+            parts = [part.to(dtype).contiguous(memory_format=torch.channels_last) for part in parts]  # once for both
+        networks = (self.teacher_model, copies[0]), (self.student_model, copies[1])
+        calls = [partial(network, part, copy) for part in parts for network, copy in networks]
+        if can_run_concurrently(parts[0].device, len(calls)):
+            features = run_concurrently(calls)
+        else:
+            features = [call() for call in calls]
+        if self.tiler:
+            features = [self._untile(tiles) for tiles in features]
+        return list(zip(features[::2], features[1::2], strict=True))
+
+    def _run_networks(self, images: torch.Tensor) -> Sides:
+        """Compute both sides by the networks themselves: in training, with gradients or hooks, and for compilers."""
+        plain = is_traced(images) or torch.is_grad_enabled()
+        with nullcontext() if plain else self._autocast(images):
+            return self.teacher_features(images), self._features(self.student_model, images)
 
     def _score(
-        self, expected: dict[str, torch.Tensor], student: dict[str, torch.Tensor], image_size: tuple[int, int]
+        self, teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], images: torch.Tensor
     ) -> InferenceBatch:
-        device = _first(expected).device
-        combine_size = self.combine_size(expected)
-        lacks_kernel = device.type == "cuda" and not has_kernel(device)
+        image_size = (images.shape[-2], images.shape[-1])
+        combine_size = self.combine_size(teacher)
+        lacks_kernel = images.device.type == "cuda" and not has_kernel(images.device)
         if lacks_kernel:
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
         if lacks_kernel or self.gain != 1:
-            options = check_options(None, "product", combine_size, False, list(expected))
-            amap, score = formula(list(expected.values()), list(student.values()), image_size, options, self.gain)
+            options = check_options(None, "product", combine_size, False, list(teacher))
+            amap, score = formula(list(teacher.values()), list(student.values()), image_size, options, self.gain)
         else:
-            amap, score = anomaly_map(expected, student, image_size, combine_size=combine_size)
-        return InferenceBatch(anomaly_map=amap, pred_score=score.unsqueeze(1))
+            amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
+        return InferenceBatch(pred_score=score.unsqueeze(1), anomaly_map=amap)
 
     def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:
         if self._compiled is None:
             self._compiled = torch.compile(self.forward, mode=self.compile_mode)
-        with self._autocast(images, dtype_on(self.precision, images.device.type)):
+        with self._autocast(images):
             result = self._compiled(
                 images.as_subclass(torch.Tensor)
             )  # torch compiles no methods of torchvision's Image
@@ -162,8 +215,8 @@ class StfpmExtModel(nn.Module):
         finest = features[self.teacher_model.finest]
         return (finest.shape[-2], finest.shape[-1])
 
-    def features(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Compute both sides; in inference, where torch has two threads on a CPU, at the same time.
+    def features(self, images: torch.Tensor) -> Sides:
+        """Compute both sides.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
@@ -172,26 +225,24 @@ class StfpmExtModel(nn.Module):
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: Features ``(B, C, H_l, W_l)`` of teacher and
                 student by level, of the model's :attr:`precision` in inference.
         """
+        copies = self._inference_copies(images)
+        return self._run_networks(images) if copies is None else self._run_copies([images], copies)[0]
+
+    def _inference_copies(self, images: torch.Tensor) -> Copies | None:
+        """Return the inference copies of both networks; ``None`` unless features are all that is wanted of both."""
         if is_traced(images):
-            return self.teacher_features(images), self._features(self.student_model, images)
+            return None
         dtype = dtype_on(self.precision, images.device.type)
         tiles: torch.Tensor = self.tiler.tile(images) if self.tiler else images
-        networks = self.teacher_model, self.student_model
-        copies = [network.inference_copy(tiles, dtype) for network in networks]
-        if copies[0] is None or copies[1] is None:
-            with self._autocast(images, dtype):  # of networks with hooks, which cannot be copied
-                return self.teacher_features(images), self._features(self.student_model, images)
-        if copies[0].dtype != torch.float32:
-            tiles = tiles.to(copies[0].dtype).contiguous(memory_format=torch.channels_last)  # once for both
-        teacher, student = map(partial, networks, (tiles, tiles), copies)
-        sides = run_concurrently(teacher, student) if can_run_concurrently(images.device) else (teacher(), student())
-        return (self._untile(sides[0]), self._untile(sides[1])) if self.tiler else sides
+        teacher, student = (
+            network.inference_copy(tiles, dtype) for network in (self.teacher_model, self.student_model)
+        )
+        return None if teacher is None or student is None else (teacher, student)
 
-    @staticmethod
-    def _autocast(images: torch.Tensor, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """Have torch compute in a reduced dtype, but for gradients."""
-        reduced = dtype != torch.float32 and not torch.is_grad_enabled()
-        return torch.autocast(images.device.type, dtype) if reduced else nullcontext()
+    def _autocast(self, images: torch.Tensor) -> AbstractContextManager[Any]:
+        """Have torch compute in the model's :attr:`precision`."""
+        dtype = dtype_on(self.precision, images.device.type)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(images.device.type, dtype)
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the teacher's side in float32, which never changes for an image.
@@ -211,10 +262,6 @@ class StfpmExtModel(nn.Module):
     def _untile(self, tiles: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert self.tiler is not None
         return {level: self.tiler.untile(features) for level, features in tiles.items()}
-
-
-def _first(features: dict[str, torch.Tensor]) -> torch.Tensor:
-    return next(iter(features.values()))
 
 
 @cache

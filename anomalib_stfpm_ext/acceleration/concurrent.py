@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Teacher and student at the same time, where torch has two threads: one for each of them."""
+"""Networks at the same time, where torch has a thread for each of them."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -14,38 +14,38 @@ from ..ops import native
 Result = TypeVar("Result")
 
 
-def can_run_concurrently(device: torch.device) -> bool:
+def can_run_concurrently(device: torch.device, count: int) -> bool:
     """Tell whether :func:`run_concurrently` pays on a device.
 
-    With more than two threads, each computation would need several, and torch's pool cannot be parted. Only
-    x86-64 has been measured.
+    With fewer computations than threads, each of them would need several, and torch's pool cannot be parted. Only
+    x86-64 with two threads has been measured.
 
     Args:
-        device (torch.device): Where both computations run.
+        device (torch.device): Where the computations run.
+        count (int): How many there are.
 
     Returns:
         bool: Whether it does.
     """
-    return device.type == "cpu" and platform.machine() == "x86_64" and torch.get_num_threads() == 2
+    return device.type == "cpu" and platform.machine() == "x86_64" and 2 <= torch.get_num_threads() <= count
 
 
-def run_concurrently(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
-    """Run two computations of about equal length, without gradients, at the same time, each on one of torch's threads.
+def run_concurrently(computations: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run computations of about equal length, without gradients, at the same time, each on one of torch's threads.
 
-    Two threads that share a network wait for each other after every layer. With a network each, they wait once.
+    Threads that share a network wait for each other after every layer. With a network each, they wait once.
 
     Note:
-        torch's profiler follows the caller's thread alone, and so sees one of the two.
+        torch's profiler follows the caller's thread alone, and so sees a part of them.
 
     Args:
-        first (Callable[[], Result]): One of them.
-        second (Callable[[], Result]): The other.
+        computations (Sequence[Callable]): The computations.
 
     Returns:
-        tuple[Result, Result]: What they return.
+        list: What they return.
     """
     run = partial(_without_gradients, torch.is_inference_mode_enabled())
-    return native.run_both(partial(run, first), partial(run, second))
+    return native.run_all([partial(run, computation) for computation in computations], torch.get_num_threads())
 
 
 def _without_gradients(inference: bool, computation: Callable[[], Result]) -> Result:

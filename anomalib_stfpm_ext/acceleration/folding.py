@@ -13,11 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, pad_same
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .._compat import convolve_packed, lacks_packed_convolution, own_tensors, pack_convolution
 from ..errors import fail
+from .pooling import InferenceMaxPool2d, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +141,16 @@ def _pack(network: nn.Module) -> nn.Module:
     network = _merge_norms(network)
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            # Not one of timm's own, which pad by themselves.
-            if type(child) is nn.Conv2d and child.padding_mode == "zeros" and isinstance(child.padding, tuple):
+            # No other of timm's own, which compute their weights.
+            if (
+                isinstance(child, nn.Conv2d)
+                and type(child) in (nn.Conv2d, Conv2dSame)
+                and child.padding_mode == "zeros"
+                and isinstance(child.padding, tuple)
+            ):
                 setattr(module, name, PackedConv2d(child))
+            elif is_plain(child):
+                setattr(module, name, InferenceMaxPool2d(child))
     return network
 
 
@@ -166,6 +175,10 @@ def _join_activations(network: nn.Module) -> nn.Module:
             and list(node.users) == [next_node]
         )
 
+    def adds_nothing(node: Any) -> bool:
+        """Tell whether a convolution is followed by neither a sum nor an activation yet."""
+        return len(node.args) == 1 and modules[str(node.target)].activation is None
+
     for node in graph.nodes:
         module = modules[node.target] if node.op == "call_module" else None
         if isinstance(module, nn.Identity):
@@ -173,7 +186,8 @@ def _join_activations(network: nn.Module) -> nn.Module:
             graph.erase_node(node)
         elif node.target in (operator.add, operator.iadd, torch.add) and len(node.args) == 2 and not node.kwargs:
             for convolution, other in (node.args, node.args[::-1]):
-                if joins(convolution, node) and isinstance(other, fx.Node):
+                # Once, and before the activation: oneDNN knows no other order.
+                if joins(convolution, node) and adds_nothing(convolution) and isinstance(other, fx.Node):
                     with graph.inserting_before(node):
                         joined = graph.call_module(convolution.target, (*convolution.args, other))
                     node.replace_all_uses_with(joined)
@@ -242,6 +256,8 @@ class PackedConv2d(nn.Module):
     for the check of the network: the same, by torch.
 
     Attributes:
+        pads_as_tensorflow (bool): Whether the result is to have the size of the features, divided by the stride:
+            TensorFlow's "same" padding, of which oneDNN knows the symmetric half only.
         activation (nn.Module | None): One of :data:`_ACTIVATIONS`, applied to the result.
     """
 
@@ -250,12 +266,15 @@ class PackedConv2d(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.register_buffer("weight", convolution.weight.detach())
-        self.bias = convolution.bias
+        self.bias, self.kernel_size = convolution.bias, convolution.kernel_size
+        self.pads_as_tensorflow = isinstance(convolution, Conv2dSame)
         self.geometry: Any = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
         self.activation: nn.Module | None = None
 
     def forward(self, features: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """Compute ``activation(convolution(features) + other)``."""
+        if self.pads_as_tensorflow:
+            features = pad_same(features, self.kernel_size, *self.geometry[1:3])
         if self.weight.dtype == torch.float64:
             return self._forward_by_torch(features, other)
         if not self.weight.is_mkldnn:

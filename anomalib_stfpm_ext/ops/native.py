@@ -102,6 +102,30 @@ class LossCall(NamedTuple):
     scalars: int
 
 
+class PoolingCall(NamedTuple):
+    """One call of the max pooling of features whose channels are neighbours in memory.
+
+    Args:
+        dtype (str): Of features and maxima, by NumPy's name.
+        shape (Sequence[int]): Shape ``(B, C, H, W)`` of the features.
+        pooled_size (Sequence[int]): Height and width of the maxima.
+        features (int): Address of the features.
+        maxima (int): Address of the maxima.
+        window (int): Height and width of the window.
+        stride (int): Distance of the windows.
+        padding (int): How far windows reach beyond the features, less than the window.
+    """
+
+    dtype: str
+    shape: Sequence[int]
+    pooled_size: Sequence[int]
+    features: int
+    maxima: int
+    window: int
+    stride: int
+    padding: int
+
+
 class Gradients(NamedTuple):
     """Memory for the gradients of all levels.
 
@@ -205,6 +229,11 @@ def feature_matching_backward_cuda(call: LossCall, upstream: int, gradients: Gra
     _core.feature_matching_backward_cuda(call, upstream, gradients, *queue)
 
 
-def run_both(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
-    """Call two functions at the same time, one of them on the caller's thread; of what they raise, raise the first."""
-    return _core.run_both(first, second)
+def max_pooling(call: PoolingCall, num_threads: int) -> None:
+    """Write the maxima; NaN where a window has one."""
+    _core.max_pooling(call, num_threads)
+
+
+def run_all(functions: Sequence[Callable[[], Result]], num_threads: int) -> list[Result]:
+    """Call functions on so many threads, the caller's among them; of what they raise, raise the first."""
+    return _core.run_all(functions, num_threads)

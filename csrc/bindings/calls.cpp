@@ -69,6 +69,22 @@ AnomalyMapParams params_from(const ScorerCall& call) {
   return params;
 }
 
+MaxPoolingParams params_from(const PoolingCall& call) {
+  const auto& [dtype, shape, pooled, features, maxima, window, stride, padding] = call;
+  return {dtype_from(dtype),
+          reinterpret_cast<const void*>(features),
+          reinterpret_cast<void*>(maxima),
+          shape.batch,
+          shape.channels,
+          shape.height,
+          shape.width,
+          pooled[0],
+          pooled[1],
+          window,
+          stride,
+          padding};
+}
+
 FeatureMatchingParams params_from(const LossCall& call) {
   const auto& [levels, scalars] = call;
   FeatureMatchingParams params{};

@@ -15,6 +15,7 @@
 
 #include "../anomaly_map.h"
 #include "../feature_matching.h"
+#include "../max_pooling.h"
 
 namespace stfpm_ext {
 
@@ -31,12 +32,14 @@ using AllDimensions = std::vector<Dimensions>;
 using Levels = std::tuple<std::string, AllDimensions, Addresses, AllDimensions, Addresses, AllDimensions>;
 using ScorerCall = std::tuple<Levels, Size, Size, std::vector<double>, std::string, uintptr_t, uintptr_t, uintptr_t>;
 using LossCall = std::tuple<Levels, uintptr_t>;
+using PoolingCall = std::tuple<std::string, Dimensions, Size, uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
 using Gradients = std::tuple<Addresses, AllDimensions>;
 
 /// Throws std::invalid_argument where outputs overlap with features or with each other.
 AnomalyMapParams params_from(const ScorerCall& call);
 
 FeatureMatchingParams params_from(const LossCall& call);
+MaxPoolingParams params_from(const PoolingCall& call);
 std::array<MutableFeatures, kMaxLevels> gradients_from(const Gradients& gradients, int num_levels);
 
 }  // namespace stfpm_ext

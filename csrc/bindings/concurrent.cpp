@@ -2,7 +2,8 @@
 
 #include "concurrent.h"
 
-#include <array>
+#include <pybind11/stl.h>
+
 #include <atomic>
 #include <exception>
 
@@ -13,17 +14,16 @@ namespace py = pybind11;
 
 namespace stfpm_ext {
 
-py::tuple run_both(const py::function& first, const py::function& second) {
-  const std::array<const py::function*, 2> functions{&first, &second};
-  std::array<py::object, 2> results;
+py::list run_all(const std::vector<py::function>& functions, int num_threads) {
+  std::vector<py::object> results(functions.size());
   std::exception_ptr error;
   std::atomic<size_t> next{0};
   without_gil([&] {
-    run_team(2, [&] {
+    run_team(num_threads, [&] {
       for (size_t index = next++; index < functions.size(); index = next++) {
         const py::gil_scoped_acquire gil;  // guards the error as well
         try {
-          results[index] = (*functions[index])();
+          results[index] = functions[index]();
         } catch (...) {
           if (!error) error = std::current_exception();
         }
@@ -31,7 +31,7 @@ py::tuple run_both(const py::function& first, const py::function& second) {
     });
   });
   if (error) std::rethrow_exception(error);
-  return py::make_tuple(results[0], results[1]);
+  return py::cast(results);
 }
 
 }  // namespace stfpm_ext

@@ -4,9 +4,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 namespace stfpm_ext {
 
-/// Calls two functions at the same time, and returns what they return; of what they raise, the first.
-pybind11::tuple run_both(const pybind11::function& first, const pybind11::function& second);
+/// Calls functions on so many threads, and returns what they return; of what they raise, the first.
+pybind11::list run_all(const std::vector<pybind11::function>& functions, int num_threads);
 
 }  // namespace stfpm_ext

@@ -36,6 +36,11 @@ void match_backward_on_cpu(const LossCall& call, uintptr_t upstream, const Gradi
   });
 }
 
+void pool_on_cpu(const PoolingCall& call, int num_threads) {
+  const MaxPoolingParams params = params_from(call);
+  without_gil([&] { max_pooling_cpu(params, num_threads); });
+}
+
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
 constexpr const char* kCudaArchitectures = STFPM_EXT_CUDA_ARCHITECTURES;
 
@@ -85,7 +90,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("feature_matching", &match_on_cpu, py::arg("call"), py::arg("loss"), py::arg("num_threads"));
   module.def("feature_matching_backward", &match_backward_on_cpu, py::arg("call"), py::arg("upstream"),
              py::arg("gradients"), py::arg("num_threads"));
-  module.def("run_both", &run_both, py::arg("first"), py::arg("second"));
+  module.def("max_pooling", &pool_on_cpu, py::arg("call"), py::arg("num_threads"));
+  module.def("run_all", &run_all, py::arg("functions"), py::arg("num_threads"));
   module.attr("most_partial_sums") = kMostPartialSums;
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
   module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("scratch"), py::arg("device"),

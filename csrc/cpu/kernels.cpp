@@ -8,6 +8,7 @@
 #include "kernels/distances.h"
 #include "kernels/gradients.h"
 #include "kernels/map_rows.h"
+#include "kernels/max_pooling.h"
 
 namespace stfpm_ext {
 namespace {
@@ -34,6 +35,12 @@ void matching_gradients_of(DType dtype, const Level& level, const MutableFeature
   });
 }
 
+void max_pooling_of(const MaxPoolingParams& params, int64_t image, int64_t row, void* scratch) {
+  with_types(params.dtype, [&](auto element, auto real) {
+    pool_row<decltype(element)>(params, image, row, static_cast<decltype(real)*>(scratch));
+  });
+}
+
 double rows_of(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
                int64_t begin, int64_t end, void* scratch) {
   if (params.dtype == DType::kFloat64)
@@ -49,7 +56,7 @@ double rows_of(const AnomalyMapParams& params, const void* const* distances, con
 #define STFPM_EXT_STRING(a) STFPM_EXT_STRING_(a)
 
 extern const Kernels STFPM_EXT_CONCAT(kernels_, STFPM_EXT_ISA);
-const Kernels STFPM_EXT_CONCAT(kernels_, STFPM_EXT_ISA) = {STFPM_EXT_STRING(STFPM_EXT_ISA), distances_of, rows_of,
-                                                           matching_of, matching_gradients_of};
+const Kernels STFPM_EXT_CONCAT(kernels_, STFPM_EXT_ISA) = {
+    STFPM_EXT_STRING(STFPM_EXT_ISA), distances_of, rows_of, matching_of, matching_gradients_of, max_pooling_of};
 
 }  // namespace stfpm_ext

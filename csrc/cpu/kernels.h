@@ -7,6 +7,7 @@
 
 #include "../anomaly_map.h"
 #include "../feature_matching.h"
+#include "../max_pooling.h"
 
 namespace stfpm_ext {
 
@@ -47,6 +48,9 @@ struct Kernels {
   /// projections (Real) of the image.
   void (*matching_gradients)(DType dtype, const Level& level, const MutableFeatures& gradients, int64_t image,
                              int64_t begin, int64_t end, const void* factors, const void* projections, double scale);
+
+  /// Writes a row of one image's maxima. `scratch`: width * channels Reals.
+  void (*max_pooling)(const MaxPoolingParams& params, int64_t image, int64_t row, void* scratch);
 };
 
 }  // namespace stfpm_ext

@@ -3,6 +3,7 @@
 """Teacher and student at the same time, each on one of torch's two threads."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from anomalib_stfpm_ext.acceleration.concurrent import can_run_concurrently, run
 def two_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    if not can_run_concurrently(torch.device("cpu")):
+    if not can_run_concurrently(torch.device("cpu"), 2):
         pytest.skip("on x86-64 only")
     yield
     torch.set_num_threads(threads)
@@ -31,12 +32,34 @@ def calls(monkeypatch):
     """What was run side by side."""
     calls = []
 
-    def run(*computations):
+    def run(computations):
         calls.append(computations)
-        return run_concurrently(*computations)
+        return run_concurrently(computations)
 
     monkeypatch.setattr(torch_model, "run_concurrently", run)
     return calls
+
+
+@pytest.mark.parametrize(
+    ("threads", "images", "expected"),
+    [
+        (1, 5, []),
+        (2, 5, [2, 2]),  # parts of four images and of one
+        (3, 5, [4]),  # two parts of up to three images
+        (4, 8, [4]),
+        (4, 1, []),  # both networks share four threads
+        (8, 3, []),
+    ],
+)
+def test_large_batches_keep_all_threads_busy(model, calls, monkeypatch, threads, images, expected):
+    monkeypatch.setattr(torch_model, "CPU_PIXELS", 4 * 64 * 64)
+    batch = torch.randn(images, 3, 64, 64)
+    with torch.no_grad():
+        torch.set_num_threads(1)
+        one_by_one = torch.cat([model(image[None]).anomaly_map for image in batch])
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(model(batch).anomaly_map, one_by_one)
+    assert list(map(len, calls)) == expected
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -55,12 +78,16 @@ def test_same_maps_as_one_after_the_other(model, calls, mode):
 
 def test_at_the_same_time():
     together = threading.Barrier(2, timeout=60)
-    first, second = run_concurrently(together.wait, together.wait)
+    first, second = run_concurrently([together.wait, together.wait])
     assert {first, second} == {0, 1}
 
 
+def test_more_than_threads():
+    assert run_concurrently([partial(pow, 2, number) for number in range(9)]) == [2**number for number in range(9)]
+
+
 def test_only_plain_inference_with_two_threads(model, calls):
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64)
     model(images)
     for threads in (1, 3, 4):
         torch.set_num_threads(threads)
@@ -98,6 +125,6 @@ def test_an_error_of_either_reaches_the_caller(model):
     with torch.no_grad(), pytest.raises(RuntimeError, match="3 channels"):
         model(torch.randn(1, 4, 64, 64))
     with pytest.raises(ZeroDivisionError):
-        run_concurrently(lambda: 1, lambda: 1 // 0)
+        run_concurrently([lambda: 1, lambda: 1 // 0])
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))

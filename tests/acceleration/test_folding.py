@@ -106,6 +106,20 @@ def test_many_images_go_through_in_parts(monkeypatch):
 
 
 @pytest.mark.skipif(why_not_packed(), reason="only x86-64 keeps weights in oneDNN's layout")
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [3, 5, (3, 4)], ids=str)
+@torch.no_grad()
+def test_padding_as_tensorflow_has_it_is_packed(kernel, stride):
+    convolution = timm.layers.Conv2dSame(4, 8, kernel, stride=stride)
+    packed = folding._pack(torch.nn.Sequential(convolution))[0]
+    assert isinstance(packed, PackedConv2d)
+    for size in ((16, 16), (15, 18), (7, 32)):
+        features = torch.randn(2, 4, *size)
+        torch.testing.assert_close(packed(features), convolution(features), rtol=1e-4, atol=1e-4)
+    assert packed.weight.is_mkldnn
+
+
+@pytest.mark.skipif(why_not_packed(), reason="only x86-64 keeps weights in oneDNN's layout")
 @pytest.mark.parametrize("backbone", ["resnet18", "test_efficientnet"])
 def test_weights_in_onednns_layout_serve_images_of_any_shape(backbone):
     layers = TINY_BACKBONES.get(backbone, ["layer1", "layer3"])
@@ -126,7 +140,7 @@ def test_weights_in_onednns_layout_serve_images_of_any_shape(backbone):
         student(torch.randn(1, 3, 64, 64).bfloat16())
 
 
-def test_convolutions_that_pad_in_their_own_way_are_not_packed():
+def test_convolutions_that_pad_in_their_own_way_keep_their_results():
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -171,6 +185,10 @@ class Tricky(torch.nn.Module):
                 return [self.relu(first), self.silu(self.first(images + 1))]
             case "read before the activation":
                 return [first.clone(), self.relu(first)]
+            case "sum after the activation":
+                return [self.relu(first) + images]
+            case "three summands":
+                return [self.relu(self.second(images) + first + images)]
             case "another shape":
                 return [self.relu(self.to_one(images) + first)]
             case "a number":
@@ -191,6 +209,8 @@ class Tricky(torch.nn.Module):
         ("relu6, scaled", 1),
         ("the same convolution twice", 0),
         ("read before the activation", 0),
+        ("sum after the activation", 1),
+        ("three summands", 0),
         ("another shape", None),
         ("a number", 0),
         ("flow", None),
@@ -214,8 +234,8 @@ def test_sums_and_activations_in_onednn(case, joined):
 @pytest.mark.parametrize(
     ("backbone", "layers", "left"),
     [
-        ("resnet18", LAYERS, {"MaxPool2d"}),
-        ("wide_resnet50_2", LAYERS, {"MaxPool2d"}),
+        ("resnet18", LAYERS, {"InferenceMaxPool2d"}),
+        ("wide_resnet50_2", LAYERS, {"InferenceMaxPool2d"}),
         ("mobilenetv2_100", ["blocks.1", "blocks.2"], set()),
     ],
 )
