@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from .acceleration.mixed_precision import DepthwiseGradients
 from .backbones import pretrained_config
 from .callbacks.allocator import AllocatorTuning
 from .callbacks.checks import Checks
@@ -209,7 +210,8 @@ class StfpmExt(ExactExports, AnomalibModule):
             STEP_OUTPUT: The loss.
         """
         del args, kwargs
-        teacher, student = self.model(batch.image, self.cached_teacher)
+        with DepthwiseGradients():
+            teacher, student = self.model(batch.image, self.cached_teacher)
         loss = self.loss(teacher, student)
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image), sync_dist=True)
         return {"loss": loss}

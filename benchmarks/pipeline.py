@@ -2,8 +2,10 @@
 
 """Times the way from an image to its verdict, and a training epoch: anomalib's Stfpm and StfpmExt, side by side.
 
-ResNet18 at 256x256, with random weights, the same in all routes: eager, under torch.compile, and as anomalib's OpenVINO
-f32 export on as many threads. All must give the same maps. They take turns in one process; every figure is a median. A
+ResNet18 at 256x256, with random weights, the same in all routes: eager, under torch.compile, in bfloat16 where this
+machine computes in it, and as anomalib's OpenVINO export: held to float32 on as many threads, as OpenVINO runs it by
+default, and quantised to INT8 (by NNCF, on the images made here). All in float32 must give the same maps. They take
+turns in one process; every figure is a median. A
 verdict is what a route makes of images in memory: pre-processing, both networks, map, score, normalisation, thresholds.
 Its parts are timed one by one beside it, as is the decoding that precedes it; teacher and student alone, and both as
 the model runs them. Memory is by how much a call makes the process grow at its highest, the first call for OpenVINO,
@@ -11,6 +13,7 @@ which keeps its memory; on CUDA, the most that torch's allocator holds at a time
 """
 
 import argparse
+import copy
 import ctypes
 import logging
 import math
@@ -27,6 +30,7 @@ import timm
 import torch
 from anomalib.data import Folder, InferenceBatch
 from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType
 from anomalib.models import Stfpm
 from common import Timer, describe_machine, peak_bytes, print_machine, save, time_in_turns
 from lightning.pytorch import Callback, Trainer
@@ -37,6 +41,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
+from anomalib_stfpm_ext.acceleration.precision import PRECISIONS, why_not
 
 try:
     import openvino
@@ -70,11 +75,16 @@ def _create_untrained(create_model: Callable[..., Any], *arguments: Any, **optio
     return create_model(*arguments, **{**options, "pretrained": False})
 
 
-def make_routes(models: dict[str, Any], device: torch.device, folder: Path) -> dict[str, Route]:
+def make_routes(models: dict[str, Any], device: torch.device, folder: Path, images: Path) -> dict[str, Route]:
     """Return, by name, what takes images to verdicts."""
     routes: dict[str, Route] = {name: torch.inference_mode()(model) for name, model in models.items()}
     mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
     routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"], mode=mode))
+    for precision in PRECISIONS[1:]:
+        if why_not(precision, device.type) is None:
+            reduced = copy.deepcopy(models["StfpmExt"])
+            reduced.model.precision = precision
+            routes[f"StfpmExt, {precision}"] = torch.inference_mode()(reduced)
     if openvino is None or device.type != "cpu":
         print("without OpenVINO: " + ("not installed" if openvino is None else "it runs on the CPU"))
         return routes
@@ -83,10 +93,17 @@ def make_routes(models: dict[str, Any], device: torch.device, folder: Path) -> d
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
+    onnx_kwargs = {"opset_version": 18, "verbose": False}
     for name, model in models.items():
-        file = model.to_openvino(folder / name, onnx_kwargs={"opset_version": 18, "verbose": False})
-        network = openvino.Core().compile_model(file, "CPU", settings)
-        routes[f"{name}, OpenVINO"] = partial(_infer, network)
+        file = model.to_openvino(folder / name, onnx_kwargs=onnx_kwargs)
+        routes[f"{name}, OpenVINO f32"] = partial(_infer, openvino.Core().compile_model(file, "CPU", settings))
+        routes[f"{name}, OpenVINO"] = partial(_infer, openvino.Core().compile_model(file, "CPU"))
+    calibration = images_of(images, val_split_mode="from_train", val_split_ratio=0.9)  # anomalib calibrates on val data
+    calibration.setup()
+    quantised = models["Stfpm"].to_openvino(
+        folder / "INT8", compression_type=CompressionType.INT8_PTQ, datamodule=calibration, onnx_kwargs=onnx_kwargs
+    )
+    routes["Stfpm, OpenVINO INT8"] = partial(_infer, openvino.Core().compile_model(quantised, "CPU"))
     return routes
 
 
@@ -122,6 +139,8 @@ def measure_routes(routes: dict[str, Route], batch: int, device: torch.device, s
             call()  # folds, compiles
             memory[name] = growth(call) if device.type == "cpu" else peak_bytes(call, device)
         verdict = call()
+        if name.endswith(("OpenVINO", "INT8", *PRECISIONS[1:])):
+            continue
         torch.testing.assert_close(verdict.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(verdict.pred_score.flatten(), expected.pred_score.flatten(), rtol=1e-3, atol=1e-4)
     return {"seconds": time_in_turns(calls, seconds, Timer(device).wall_seconds), "peak_bytes": memory}
@@ -207,15 +226,7 @@ def measure_epochs(images: Path, device: torch.device, workers: int, batch: int,
             enable_model_summary=False,
             callbacks=[timer],
         )
-        data = Folder(
-            "images",
-            root=images,
-            normal_dir="good",
-            train_batch_size=batch,
-            num_workers=workers,
-            test_split_mode="none",
-            val_split_mode="none",
-        )
+        data = images_of(images, train_batch_size=batch, num_workers=workers)
         trainer.fit(model, datamodule=data)
         return timer.seconds
 
@@ -228,6 +239,12 @@ def measure_epochs(images: Path, device: torch.device, workers: int, batch: int,
         "StfpmExt, later ones, a fifth held out": partial(fit, "StfpmExt", epochs=2, held_out_share=0.2),
     }
     return time_in_turns(fits, 0.0, clock=lambda fit: fit(), turns=rounds)
+
+
+def images_of(root: Path, **arguments: Any) -> Folder:
+    """Return the data module of what :func:`make_images` has made."""
+    splits = {"test_split_mode": "none", "val_split_mode": "none"} | arguments
+    return Folder("images", root=root, normal_dir="good", **splits)
 
 
 def make_images(folder: Path, count: int) -> Path:
@@ -318,7 +335,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = make_images(Path(folder) / "images", arguments.images)
         models = make_models(device)
-        routes = make_routes(models, device, Path(folder))
+        routes = make_routes(models, device, Path(folder), file.parents[1])
         cases = []
         for batch in arguments.batches:
             case = {"batch": batch, **measure_routes(routes, batch, device, arguments.seconds)}
