@@ -64,7 +64,7 @@ class _GroupedConvolution(torch.autograd.Function):
         return torch.conv2d(images, weight, bias, stride, padding, dilation, groups)  # under autocast still
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
