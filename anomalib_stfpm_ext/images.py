@@ -8,6 +8,7 @@ floats black.
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 OVERSHOOT = 0.01  # of resampling at an edge; images of 0 to 255, or normalised ones, are far beyond
 _WANTED = "gray or colour of up to 16 bits, or gray of floats from 0 to 1"
 _TAGS = ExifTags.Base  # TIFF's own
+_ENDS, _TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64  # what files end with, about
 _SEPARATE, _WHITE_IS_ZERO, _UNCOMPRESSED = 2, 0, 1  # values of TIFF's tags
 
 
@@ -189,7 +191,7 @@ class _LabelledImages(AnomalibDataset):
         except Exception as error:  # decoders raise all sorts of them
             read_image(sample.image_path, "data")  # raises, unless it is the mask that is broken
             fail(ValueError, "data", "a mask that can be read", f"{sample.mask_path}: {type(error).__name__}: {error}")
-        if _is_deep(sample.image_path):
+        if is_deep(sample.image_path):
             item.image = read_image(sample.image_path, "data")
         if self.augmentations and item.gt_mask is None:
             item.image = self.augmentations(item.image)
@@ -230,7 +232,35 @@ def image_paths(dataset: Any) -> Iterator[str | Path]:
         yield from dataset.image_filenames
 
 
-def _is_deep(path: str | Path) -> bool:
+def check_file(path: Path) -> None:
+    """Raise where a file is no image, or has lost its end: without decoding, as all images of a data set are looked at.
+
+    Args:
+        path (Path): The file.
+
+    Raises:
+        ValueError: If the file cannot be read as an image, is empty, or is a PNG or JPEG without an end.
+    """
+    try:
+        with Image.open(path) as picture, path.open("rb") as file:
+            end = _ENDS.get(picture.format or "")
+            file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            is_whole = end is None or end in file.read()
+        if not is_whole:
+            read_8_bits(path)  # what a camera has appended may hide the end
+    except Exception as error:  # decoders raise all sorts of them
+        fail(ValueError, "data", "images that can be read", f"{path}: {type(error).__name__}: {error}")
+
+
+def is_deep(path: str | Path) -> bool:
+    """Tell whether a file holds gray of more than 8 bits, which anomalib clips.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        bool: Whether it does.
+    """
     with Image.open(path) as picture:
         return _white(picture) is not None
 

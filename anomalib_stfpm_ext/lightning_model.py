@@ -17,7 +17,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -43,6 +43,7 @@ from .exports import ExactExports
 from .loss import StfpmExtLoss
 from .post_processing import FewPassPostProcessor
 from .torch_model import CompileMode, StfpmExtModel
+from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
 
 MAX_EPOCHS = 100  # as in the paper
@@ -109,7 +110,8 @@ class StfpmExt(ExactExports, AnomalibModule):
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
             default. Defaults to ``True``.
         evaluator (Evaluator | bool): Computes the metrics. ``True``: anomalib's default. Defaults to ``True``.
-        visualizer (Visualizer | bool): Draws the results. ``True``: anomalib's default. Defaults to ``True``.
+        visualizer (Visualizer | bool): Draws the results. ``True``: anomalib's pictures, drawn beside the scoring.
+            Defaults to ``True``.
 
     Note:
         The paper's 100 epochs are the default: a trainer without ``max_epochs``, ``max_steps`` and ``max_time`` gets
@@ -203,15 +205,30 @@ class StfpmExt(ExactExports, AnomalibModule):
 
         Args:
             batch (Batch): Images ``(B, 3, H, W)``.
-            args: Unused.
-            kwargs: Unused.
+            args: The number of the batch.
+            kwargs: Likewise.
 
         Returns:
-            STEP_OUTPUT: The loss.
+            STEP_OUTPUT: The loss, or ``None`` for a batch that is passed over: one image left at the end of an epoch,
+                of whose features of 1x1 there is no variance.
+
+        Raises:
+            ValueError: If all batches are like that.
         """
-        del args, kwargs
-        with DepthwiseGradients():
-            teacher, student = self.model(batch.image, self.cached_teacher)
+        try:
+            with DepthwiseGradients():
+                teacher, student = self.model(batch.image, self.cached_teacher)
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            is_first = (*args, *kwargs.values(), 0)[0] == 0
+            if is_first or self.trainer.world_size > 1:
+                wanted = "at least two images in each batch (another train_batch_size), or larger images"
+                fail(ValueError, "train_batch_size", wanted, "one image, whose features at a level are of 1x1")
+            rank_zero_warn(
+                "train_batch_size: the last image of each epoch is passed over, since features of 1x1 need two"
+            )
+            return None
         loss = self.loss(teacher, student)
         self.log("train_loss", loss, on_epoch=True, prog_bar=True, batch_size=len(batch.image), sync_dist=True)
         return {"loss": loss}
@@ -417,6 +434,15 @@ class StfpmExt(ExactExports, AnomalibModule):
             PostProcessor: The post-processor.
         """
         return FewPassPostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Draw anomalib's pictures beside the scoring.
+
+        Returns:
+            ImageVisualizer: The visualiser.
+        """
+        return BackgroundImageVisualizer()
 
     def unfreeze(self) -> None:
         """Unfreeze the student; the teacher stays as it is."""

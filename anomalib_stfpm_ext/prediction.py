@@ -12,6 +12,7 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.deploy import TorchInferencer
 from anomalib.post_processing import PostProcessor
 
+from .callbacks.checks import check_crop
 from .errors import fail
 from .images import check_image
 from .lightning_model import StfpmExt
@@ -38,6 +39,7 @@ def load_model(checkpoint: str | Path, argument: str = "checkpoint", teacher_wei
     load = partial(StfpmExt.load_from_checkpoint, teacher_weights=teacher_weights or False)
     model: StfpmExt = read_file(argument, checkpoint, "a checkpoint of StfpmExt", load)
     model.eval()
+    check_crop(model)
     return model
 
 

@@ -8,6 +8,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,14 +20,17 @@ from anomalib.pre_processing import PreProcessor
 from helpers import folder
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, GaussianBlur, Normalize, Resize
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
 from anomalib_stfpm_ext.backbones import pretrained_name
+from anomalib_stfpm_ext.cli import draw
 from anomalib_stfpm_ext.convert import save_checkpoint
 from anomalib_stfpm_ext.feature_pyramid import Teacher
 from anomalib_stfpm_ext.files import lock
+from anomalib_stfpm_ext.images import check_file
 from anomalib_stfpm_ext.watch.table import ScoreTable
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -302,8 +306,71 @@ def test_shortened_fits_leave_the_right_student(make_model, fit, options):
 
 
 def test_crops_are_told(make_model, fit, told):
-    fit(make_model(pre_processor=PreProcessor(Compose([Resize((64, 64)), CenterCrop((48, 48)), IMAGENET]))))
-    assert any("it crops the images" in message for message in told)
+    pre_processor = PreProcessor(Compose([Resize((64, 64)), CenterCrop((48, 48)), IMAGENET]))
+    engine = fit(make_model(pre_processor=pre_processor))
+    message = "What a crop cuts away is not looked at"
+    assert sum(message in line for line in told) == 1
+    told.clear()
+    Predictor(engine.best_model_path, "cpu")  # as watch and draw do
+    assert sum(message in line for line in told) == 1
+
+
+def test_maps_of_a_crop_lie_where_the_model_looks(make_model, tmp_path, monkeypatch):
+    """The picture beside the maps is the crop, and so is the mask."""
+    pre_processor = PreProcessor(Compose([Resize((64, 64)), CenterCrop((32, 32)), IMAGENET]))
+    save_checkpoint(make_model(pre_processor=pre_processor), tmp_path / "model.ckpt")
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    pixels[40:56, 48:80] = 255
+    for folder_name in ("images", "masks"):
+        (tmp_path / folder_name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder_name / "0.png")
+    drawn = []
+    monkeypatch.setattr(draw, "draw_levels", lambda *arguments: drawn.append(arguments) or Image.new("RGB", (1, 1)))
+    draw.levels(tmp_path / "model.ckpt", tmp_path / "images", tmp_path / "output", tmp_path / "masks")
+    ((image, levels, mask, _),) = drawn
+    assert image.shape[:2] == mask.shape == levels.product.shape == (32, 32)
+    assert mask[4:12, 8:24].all()
+    assert (mask > 0).sum() == 8 * 16
+    assert image[5:11, 9:23].min() > 0.9
+    assert image[14:].max() < 0.1
+
+
+@pytest.mark.parametrize("batch", [2, 1])
+def test_one_image_of_features_of_one_position(make_model, images, tmp_path, told, batch):
+    """Batch norm cannot train on a single value; the rest of the epoch can."""
+    model = make_model(layers=["layer3"], image_size=(16, 16), held_out_share=0.3)  # holds 3 out of 8
+    before = trained_student(model)
+    engine = Engine(default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    if batch == 1:
+        with pytest.raises(ValueError, match="train_batch_size: wanted at least two images in each batch"):
+            engine.fit(model, datamodule=folder(images, train_batch_size=batch))
+        return
+    engine.fit(model, datamodule=folder(images, train_batch_size=batch))
+    assert any("an epoch's last image is passed over" in message for message in told), told
+    assert engine.trainer.global_step == 4
+    assert not same(before, trained_student(model))
+
+
+@pytest.mark.parametrize("kind", ["truncated.png", "truncated.jpg", "empty.png", "text.jpg"])
+def test_broken_files_are_named_before_anything_is_trained(make_model, images, tmp_path, kind, monkeypatch):
+    shutil.copytree(images, tmp_path / "images")
+    path = tmp_path / "images" / "bad" / kind
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes({"t": content[: len(content) // 2], "e": b""}[kind[0]] if kind != "text.jpg" else b"no image")
+    monkeypatch.setattr(StfpmExt, "training_step", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=f"data: wanted images that can be read, got .*{kind}"):
+        Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(
+            make_model(), datamodule=folder(tmp_path / "images")
+        )
+
+
+def test_what_a_camera_appends_to_a_file_does_no_harm(tmp_path):
+    for suffix in ("png", "jpg"):
+        path = tmp_path / f"appended.{suffix}"
+        Image.new("RGB", (32, 32)).save(path)
+        path.write_bytes(path.read_bytes() + bytes(1000))
+        check_file(path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 """Checks at the start of a fit, a validation, a test or a prediction, before any work is lost."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Subset
-from torchvision.transforms.v2 import CenterCrop, Normalize, Resize, Transform
+from torchvision.transforms.v2 import CenterCrop, Normalize, Resize
 
 from .._compat import is_compiled
 from ..backbones import pretrained_config
 from ..errors import fail
-from ..images import image_paths
+from ..images import check_file, image_paths
+from ..transforms import parts, shows_all
 
 
 class Checks(Callback):
@@ -29,7 +29,7 @@ class Checks(Callback):
         """Check the files of a data module, which may be read much later.
 
         Raises:
-            ValueError: If there are hidden files or folders among the images.
+            ValueError: If there are hidden files or folders among the images, or one is broken.
         """
         del pl_module, stage
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -76,10 +76,11 @@ class Checks(Callback):
 
 
 def check_files(dataset: Any) -> None:
-    """Raise where anomalib takes for images what systems and tools leave behind."""
+    """Raise where anomalib takes for images what systems and tools leave behind, or where a file is broken."""
     for path in map(Path, image_paths(dataset)):
         if path.name.startswith(".") or path.parent.name.startswith("."):
             fail(ValueError, "data", "images without hidden files and folders among them", path)
+        check_file(path)
 
 
 def check_teacher(model: Any) -> None:
@@ -208,11 +209,11 @@ def check_normalisation(model: Any) -> None:
 
 
 def check_crop(model: Any) -> None:
-    """Warn where the pre-processor cuts parts of the images away."""
-    if any(isinstance(part, CenterCrop) for part in parts(getattr(model.pre_processor, "transform", None))):
+    """Warn where the pre-processor may cut parts of the images away."""
+    if not shows_all(model.pre_processor):
         rank_zero_warn(
-            "pre_processor: it crops the images. Defects outside of the crop are not seen, and anomalib draws maps and "
-            "masks over the whole image, so that they lie in the wrong place."
+            "pre_processor: it does more than resize and normalise. What a crop cuts away is not looked at, and "
+            "defects there are not found. Pictures show what is left."
         )
 
 
@@ -221,13 +222,3 @@ def image_size(pre_processor: Any) -> tuple[int, ...] | None:
     sized = [part for part in parts(getattr(pre_processor, "transform", None)) if isinstance(part, Resize | CenterCrop)]
     size = tuple(sized[-1].size) if sized and sized[-1].size is not None else ()
     return size if len(size) == 2 else None
-
-
-def parts(transform: Transform | None) -> Iterator[Transform]:
-    """Iterate over a transform's parts, those of compositions too."""
-    if transform is not None:
-        inner = getattr(transform, "transforms", None)
-        if inner is None:
-            yield transform
-        for part in inner or ():
-            yield from parts(part)

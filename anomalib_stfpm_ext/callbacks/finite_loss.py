@@ -69,6 +69,8 @@ class FiniteLoss(Callback):
     ) -> None:
         """Start the copy of this step's loss, and read those that have arrived."""
         del pl_module, batch, batch_idx
+        if not outputs:  # the model has passed over the batch
+            return
         loss: torch.Tensor = outputs["loss"].detach()  # type: ignore[index]
         if trainer.world_size > 1:  # all processes stop at the same step
             loss = loss.clone()

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from anomalib.data.utils import read_mask
 from rich.progress import track
+from torchvision.tv_tensors import Mask
 
 from ..errors import fail
 from ..images import find_images, read_image
 from ..prediction import load_model
+from ..transforms import seen, shows_all
 from ..visualization import draw_histogram, draw_levels, measure_levels, raw_threshold
 
 
@@ -36,6 +38,9 @@ def levels(
         image = read_image(path, "images")
         mask = _read_mask(mask_of[path]) if path in mask_of else None
         measured = measure_levels(model, image)
+        if not shows_all(model.pre_processor):  # so that a place in a map is the same place in image and mask
+            image = seen(model.pre_processor, image)
+            mask = None if mask is None else seen(model.pre_processor, Mask(mask[None]))[0].numpy()
         picture = draw_levels(image.permute(1, 2, 0).numpy(), measured, mask, raw_threshold(model, pixels=True))
         file = output / path.relative_to(images)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a pre-processor does to an image: which parts it has, and which of the image they leave."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torchvision.transforms.v2 import Compose, GaussianBlur, Grayscale, Normalize, Resize, ToDtype, ToImage, Transform
+
+PLACE_KEEPING = (Resize, Normalize, ToDtype, ToImage, Grayscale, GaussianBlur)
+Pixels = TypeVar("Pixels", bound=torch.Tensor)
+
+
+def parts(transform: Transform | None) -> Iterator[Transform]:
+    """Iterate over a transform's parts, those of compositions too.
+
+    Args:
+        transform (Transform | None): The transform.
+
+    Yields:
+        Transform: A part that has no parts itself.
+    """
+    if transform is not None:
+        inner = getattr(transform, "transforms", None)
+        if inner is None:
+            yield transform
+        for part in inner or ():
+            yield from parts(part)
+
+
+def shows_all(pre_processor: Any) -> bool:
+    """Tell whether an image's maps are of the whole image, as far as its transforms are known not to move places.
+
+    Args:
+        pre_processor (Any): The model's pre-processor, or ``None``.
+
+    Returns:
+        bool: ``False`` where a map laid over the whole image would show places wrong, such as with a crop.
+    """
+    return all(isinstance(part, PLACE_KEEPING) for part in parts(getattr(pre_processor, "transform", None)))
+
+
+def seen(pre_processor: Any, pixels: Pixels) -> Pixels:
+    """Return what the model sees of an image or its mask: transformed, but not normalised.
+
+    Args:
+        pre_processor (Any): The model's pre-processor, or ``None``.
+        pixels (torch.Tensor): An image ``(C, H, W)``, or a ``torchvision.tv_tensors.Mask``.
+
+    Returns:
+        torch.Tensor: What the model's maps are of.
+    """
+    kept = [part for part in parts(getattr(pre_processor, "transform", None)) if not isinstance(part, Normalize)]
+    result: Pixels = Compose(kept)(pixels) if kept else pixels
+    return result
