@@ -5,6 +5,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.spec import transform_to_spec
@@ -63,6 +64,11 @@ class Checks(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             check_teacher(pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a threshold back that can tell nothing; before the student selection keeps it."""
+        if not trainer.sanity_checking:
+            check_range(trainer, pl_module)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check teacher and images."""
         check_teacher(pl_module)
@@ -99,6 +105,26 @@ def check_threshold(model: Any) -> None:
         rank_zero_warn(
             "post_processor: there is no threshold, since no validation has set one. The labels of these predictions "
             "mean nothing; validate the model with good and defective images first."
+        )
+
+
+def check_range(trainer: Trainer, model: Any) -> None:
+    """Take threshold and range back, and say why, where all or no images would be defective by them.
+
+    anomalib 2.7 takes any validation for one that can set them: of a single score, the range is empty, and of defective
+    images alone, the threshold lies below all scores.
+    """
+    processor, labels = model.post_processor, _labels(trainer)
+    if processor is None or not getattr(processor, "enable_normalization", False) or processor.image_max.isnan():
+        return
+    no_good = labels is not None and 0 not in labels
+    if no_good or processor.image_max <= processor.image_min:
+        for statistic in processor.buffers(recurse=False):
+            statistic.fill_(torch.nan)
+        reason = "no good image" if no_good else "a single score"
+        rank_zero_warn(
+            f"post_processor: no threshold is set, since the validation has {reason}: by its threshold, all images "
+            "would be defective, or none. Validate with several good images, and some defective ones."
         )
 
 
