@@ -209,14 +209,15 @@ def measure_epochs(images: Path, device: torch.device, workers: int, batch: int,
     take longer for other reasons too, so the first is compared with the first, and later ones with later ones.
     """
 
-    def fit(name: str, epochs: int = 1, held_out_share: float = 0.0) -> float:
+    def fit(name: str, epochs: int = 1, held_out_share: float = 0.0, precision: Any = "32-true") -> float:
         model: Any = make_models(device)[name].train()
         if name == "StfpmExt":
-            model.held_out_share = held_out_share
+            model.student_selection.share = held_out_share
         timer = LastEpoch()
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
+            precision=precision,
             max_epochs=epochs,
             limit_val_batches=0,
             num_sanity_val_steps=0,
@@ -238,6 +239,9 @@ def measure_epochs(images: Path, device: torch.device, workers: int, batch: int,
         "StfpmExt, the first, a fifth held out": partial(fit, "StfpmExt", held_out_share=0.2),
         "StfpmExt, later ones, a fifth held out": partial(fit, "StfpmExt", epochs=2, held_out_share=0.2),
     }
+    if why_not("bfloat16", device.type) is None:
+        for name in ("Stfpm", "StfpmExt"):
+            fits[f"{name}, later ones, bf16-mixed"] = partial(fit, name, epochs=2, precision="bf16-mixed")
     return time_in_turns(fits, 0.0, clock=lambda fit: fit(), turns=rounds)
 
 
@@ -283,7 +287,8 @@ def print_tables(cases: list[dict[str, Any]], epochs: dict[str, float]) -> None:
     console.print(routes)
     console.print(parts)
     for name, seconds in epochs.items():
-        peer = epochs["Stfpm, later ones" if "later" in name else "Stfpm, the first"]
+        kind = name.partition(", ")[2].removesuffix(", a fifth held out")
+        peer = epochs[f"Stfpm, {kind}"]
         console.print(f"training epoch, {name}: {seconds:.2f} s, x Stfpm {peer / seconds:.2f}")
 
 

@@ -254,6 +254,12 @@ def test_a_threshold_that_can_tell_nothing_is_none(make_model, images, tmp_path,
     assert any("no threshold is set, since the validation has" in message for message in told) != useful
 
 
+@pytest.mark.parametrize("steps", [{"epochs": 0}, {"epochs": 1, "max_steps": 0}], ids=str)
+def test_a_fit_without_steps_is_told(make_model, fit, told, steps):
+    fit(make_model(), **steps)
+    assert any("max_epochs: the student stays untrained" in message for message in told)
+
+
 def test_tiles_are_in_the_checkpoint(make_model, images, tmp_path):
     tiles = TilerConfigurationCallback(enable=True, tile_size=32, stride=16)
     model = make_model(image_size=(64, 64))
