@@ -2,6 +2,7 @@
 
 """The post-processor of the model: anomalib's verdicts, in fewer passes over the map."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,20 +73,20 @@ class FewPassPostProcessor(PostProcessor):
         ):
             return None
         both = _Both(
-            _Limits(self.image_min, self.image_max, self.image_threshold),
-            _Limits(self.pixel_min, self.pixel_max, self.pixel_threshold),
+            _Limits(self.image_min.item(), self.image_max.item(), self.image_threshold.item()),
+            _Limits(self.pixel_min.item(), self.pixel_max.item(), self.pixel_threshold.item()),
         )
         return both if all(limits.are_plain() for limits in both) else None
 
 
 class _Limits(NamedTuple):
-    low: torch.Tensor
-    high: torch.Tensor
-    threshold: torch.Tensor
+    low: float
+    high: float
+    threshold: float
 
     def are_plain(self) -> bool:
         """Tell whether there is a range that is not empty, and a threshold."""
-        return self.low.item() < self.high.item() and not self.threshold.isnan().item()  # no comparison holds for NaN
+        return self.low < self.high and not math.isnan(self.threshold)  # no comparison holds for NaN
 
     def apply(self, raw: torch.Tensor) -> torch.Tensor:
         return (raw - self.threshold).div_(self.high - self.low).add_(0.5).clamp_(0, 1)

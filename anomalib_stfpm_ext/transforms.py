@@ -29,6 +29,22 @@ def parts(transform: Transform | None) -> Iterator[Transform]:
             yield from parts(part)
 
 
+def steps(transform: Transform | None) -> Iterator[Transform]:
+    """Iterate over what a transform does, one after the other; a random choice is one step.
+
+    Args:
+        transform (Transform | None): The transform.
+
+    Yields:
+        Transform: A step.
+    """
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            yield from steps(part)
+    elif transform is not None:
+        yield transform
+
+
 def shows_all(pre_processor: Any) -> bool:
     """Tell whether an image's maps are of the whole image, as far as its transforms are known not to move places.
 
@@ -51,6 +67,6 @@ def seen(pre_processor: Any, pixels: Pixels) -> Pixels:
     Returns:
         torch.Tensor: What the model's maps are of.
     """
-    kept = [part for part in parts(getattr(pre_processor, "transform", None)) if not isinstance(part, Normalize)]
+    kept = [part for part in steps(getattr(pre_processor, "transform", None)) if not isinstance(part, Normalize)]
     result: Pixels = Compose(kept)(pixels) if kept else pixels
     return result

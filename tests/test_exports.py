@@ -21,10 +21,10 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile
-from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, RandomApply, Resize
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
-from anomalib_stfpm_ext.exports.resizing import exportable, resize_by_matrices
+from anomalib_stfpm_ext.exports.resizing import apply_quickly, exportable, resize_by_matrices
 
 BACKBONE, LAYERS = "test_efficientnet", ["blocks.1", "blocks.2"]
 SIZE = (64, 96)
@@ -354,3 +354,18 @@ def test_onnx_of_a_model_that_leaves_the_size_to_the_user(network, tmp_path):
     with torch.no_grad():
         expected = model(images).anomaly_map
     np.testing.assert_allclose(run(path, images)["anomaly_map"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Compose([Resize((32, 48), antialias=True), Normalize([0.4] * 3, [0.2] * 3)]),
+        Compose([Compose([Resize(40)]), CenterCrop(32), Normalize([0.4] * 3, [0.2] * 3)]),
+        Normalize([0.4] * 3, [0.2] * 3),
+        RandomApply([Normalize([0.4] * 3, [0.2] * 3)], p=0),
+    ],
+    ids=str,
+)
+def test_transforms_are_applied_as_torchvision_does(transform):
+    images = torch.rand(2, 3, 50, 64)
+    assert torch.equal(apply_quickly(transform, images), transform(images))

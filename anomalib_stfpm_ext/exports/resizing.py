@@ -8,9 +8,10 @@ import torch
 from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.pre_processing import PreProcessor
 from torch import nn
-from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize, Transform, functional
 
 from ..errors import fail
+from ..transforms import steps
 
 # Whatever torchvision takes: mode, its name or PIL's number. The nearest are never antialiased.
 BILINEAR = (InterpolationMode.BILINEAR, "bilinear", 2)
@@ -43,8 +44,27 @@ def pre_process(pre_processor: PreProcessor | None, images: torch.Tensor) -> tor
     transform: Transform | None = pre_processor.transform
     if transform is None:
         return images
-    transformed = (exportable(transform) if torch.onnx.is_in_onnx_export() else transform)(images)
-    return transformed
+    return exportable(transform)(images) if torch.onnx.is_in_onnx_export() else apply_quickly(transform, images)
+
+
+def apply_quickly(transform: Transform, images: torch.Tensor) -> torch.Tensor:
+    """Apply a transform without what torchvision does for images, boxes and masks in nested data.
+
+    Args:
+        transform (Transform): The transform.
+        images (torch.Tensor): Images ``(B, C, H, W)``.
+
+    Returns:
+        torch.Tensor: The same images as ``transform(images)`` gives.
+    """
+    for part in steps(transform):
+        if type(part) is Resize:
+            images = functional.resize(images, part.size, part.interpolation, part.max_size, part.antialias)
+        elif type(part) is Normalize:
+            images = functional.normalize(images, part.mean, part.std, part.inplace)
+        else:
+            images = part(images)
+    return images
 
 
 def exportable(transform: Transform) -> nn.Module:
