@@ -230,13 +230,12 @@ class StfpmExtModel(nn.Module):
 
     def _inference_copies(self, images: torch.Tensor) -> Copies | None:
         """Return the inference copies of both networks; ``None`` unless features are all that is wanted of both."""
-        if is_traced(images):
+        if self.training or is_traced(images):
             return None
         dtype = dtype_on(self.precision, images.device.type)
         tiles: torch.Tensor = self.tiler.tile(images) if self.tiler else images
-        teacher, student = (
-            network.inference_copy(tiles, dtype) for network in (self.teacher_model, self.student_model)
-        )
+        student = self.student_model.inference_copy(tiles, dtype)  # first, since gradients are wanted of it alone
+        teacher = None if student is None else self.teacher_model.inference_copy(tiles, dtype)
         return None if teacher is None or student is None else (teacher, student)
 
     def _autocast(self, images: torch.Tensor) -> AbstractContextManager[Any]:

@@ -141,6 +141,24 @@ def test_gradients_are_of_float32():
     assert model.student_model.feature_extractor.conv1.weight.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("any_machine")
+def test_training_makes_no_copy_in_it(monkeypatch):
+    model, images = make(), torch.randn(2, 3, 64, 64)
+    model.precision = "bfloat16"
+    folded = []
+    original = feature_pyramid.fold
+    monkeypatch.setattr(
+        feature_pyramid, "fold", lambda *arguments: folded.append(arguments[2:]) or original(*arguments)
+    )
+    model.train()
+    for _ in range(3):
+        model(images)
+    model.eval()
+    for _ in range(3):
+        model(images)  # gradients are wanted
+    assert folded == [()]  # the teacher's, of float32
+
+
 @torch.no_grad()
 def test_a_network_that_cannot_compute_in_it_stays_in_float32(any_machine, monkeypatch, caplog):
     def refuse(network, dtype):
