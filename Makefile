@@ -8,7 +8,7 @@ CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/ops/cuda_on_thr
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* autoload/* anomalib_stfpm_ext/*.py* anomalib_stfpm_ext/*/*.py)
 
 FUZZ_SECONDS ?= 600
-TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py)
+TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py) tests/acceleration/test_pooling.py
 
 .PHONY: test demo fuzz sanitize sanitize-address sanitize-thread lint format clean
 
