@@ -102,7 +102,7 @@ class FeaturePyramid(nn.Module):
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or others of their shape.
-            dtype (torch.dtype): What to compute in. Defaults to ``torch.float32``.
+            dtype (torch.dtype): What to compute in, for a network of float32. Defaults to ``torch.float32``.
 
         Returns:
             InferenceCopy | None: The copy, of float32 where the network cannot compute in that dtype, which the log
@@ -122,6 +122,8 @@ class FeaturePyramid(nn.Module):
             return None
         if images.dtype != tensors[0].dtype:  # for torch to refuse
             return None
+        if images.dtype != torch.float32:  # double precision stays what it is
+            dtype = images.dtype
         state = [dtype, *map(id, modules), *map(id, tensors), *map(torch.Tensor.data_ptr, tensors)]
         if not self._folded or state != self._folded_state or versions(tensors) != self._versions:
             if any(map(torch.is_inference, tensors)):  # whose changes are not counted
@@ -132,7 +134,7 @@ class FeaturePyramid(nn.Module):
                 rank_zero_warn(
                     f"inference_precision: {self.backbone!r} cannot compute in {dtype}, and goes on in float32."
                 )
-                network, dtype = fold(self.feature_extractor, sample), torch.float32
+                network, dtype = fold(self.feature_extractor, sample, images.dtype), images.dtype
             # With modules and tensors, so that no others get their place in memory.
             self._folded = (network, modules, [tensor.detach() for tensor in tensors])
             self._folded_state, self._versions, self._folded_dtype = state, versions(tensors), dtype

@@ -154,7 +154,7 @@ class StfpmExtModel(nn.Module):
         dtype = copies[0].dtype
         if self.tiler:
             parts = [self.tiler.tile(part) for part in parts]
-        if dtype != torch.float32:
+        if dtype != parts[0].dtype:
             parts = [part.to(dtype).contiguous(memory_format=torch.channels_last) for part in parts]  # once for both
         networks = (self.teacher_model, copies[0]), (self.student_model, copies[1])
         calls = [partial(network, part, copy) for part in parts for network, copy in networks]

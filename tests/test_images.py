@@ -205,9 +205,10 @@ def test_synthetic_anomalies_of_deep_images_are_refused(both, tmp_path):
 def test_training_names_a_broken_file(num_workers, images, tmp_path):
     shutil.copytree(images, tmp_path / "data")
     broken = tmp_path / "data" / "good" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:900])
+    content = broken.read_bytes()
+    broken.write_bytes(content[:900] + content[-20:])  # it ends as it should, so that only reading tells
     data = folder(tmp_path / "data", num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"data: wanted an image that can be read, got .*good/3.png: OSError: .*trunc"):
+    with pytest.raises(ValueError, match=r"data: wanted an image that can be read, got .*good/3.png: \w+Error: "):
         make_engine(tmp_path).fit(make_model(), datamodule=data)
 
 

@@ -326,7 +326,7 @@ def test_broken_image_is_named(mvtec_ad, small, tmp_path, caplog):
     broken.write_bytes(broken.read_bytes()[:900])
     with pytest.raises(SystemExit, match="no results of bottle"):
         command(root, tmp_path / "output", *small, "--categories", "bottle")
-    assert "data: wanted an image that can be read, got" in caplog.text
+    assert "data: wanted images that can be read, got" in caplog.text
     assert "test/good/001.png: OSError: image file is truncated" in caplog.text
 
 
