@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Private names of torch and Lightning, each used in one function here, with the reason.
+"""Private names of torch, Lightning and anomalib, each used in one function here, with the reason.
 
 A new release may rename them. Then ``tests/test_compat.py`` fails, and this is the one file to mend.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -279,6 +279,20 @@ def uses_distributed_sampler(trainer: "Trainer") -> bool:
         bool: Whether Lightning may replace samplers.
     """
     return trainer._accelerator_connector.use_distributed_sampler
+
+
+def replace_image_threshold(post_processor: Any, kind: type, replacement: Callable[..., Any]) -> None:
+    """Replace what computes a post-processor's threshold of image scores.
+
+    anomalib takes none from a caller.
+
+    Args:
+        post_processor (Any): The post-processor; any other object stays as it is.
+        kind (type): Class of what is replaced; another one stays.
+        replacement (Callable[..., Any]): Makes the new one of the same arguments.
+    """
+    if type(getattr(post_processor, "_image_threshold_metric", None)) is kind:
+        post_processor._image_threshold_metric = replacement(fields=["pred_score", "gt_label"], strict=False)
 
 
 def replace_layer_sync(trainer: "Trainer", kind: type, replacement: "LayerSync") -> None:

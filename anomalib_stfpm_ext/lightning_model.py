@@ -13,7 +13,7 @@ import _anomalib_stfpm_ext_autoload
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch
-from anomalib.metrics import Evaluator
+from anomalib.metrics import Evaluator, F1AdaptiveThreshold
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from ._compat import replace_image_threshold
 from .acceleration.mixed_precision import DepthwiseGradients
 from .backbones import pretrained_config
 from .callbacks.allocator import AllocatorTuning
@@ -42,6 +43,7 @@ from .errors import fail
 from .exports import ExactExports
 from .loss import StfpmExtLoss
 from .post_processing import FewPassPostProcessor
+from .threshold import MiddleThreshold
 from .torch_model import CompileMode, StfpmExtModel
 from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
@@ -108,7 +110,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
             as the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
-            default. Defaults to ``True``.
+            default. Its threshold of image scores is :class:`.threshold.MiddleThreshold`. Defaults to ``True``.
         evaluator (Evaluator | bool): Computes the metrics. ``True``: anomalib's default. Defaults to ``True``.
         visualizer (Visualizer | bool): Draws the results. ``True``: anomalib's pictures, drawn beside the scoring.
             Defaults to ``True``.
@@ -184,6 +186,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
+        replace_image_threshold(self.post_processor, F1AdaptiveThreshold, MiddleThreshold)
         self.model = model
         self.inference_precision = inference_precision
         self.asked_precision = None if inference_precision == "auto" else inference_precision  # or the trainer's

@@ -112,6 +112,8 @@ class Predictor:
         prediction = self._network(image[None].to(self._device))
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
+        if self.threshold is None:  # of which anomalib makes labels all the same: that all is good
+            prediction = prediction._replace(pred_label=None, pred_mask=None)
         return ImageBatch(image=image[None], **prediction._asdict())
 
 

@@ -6,6 +6,8 @@ from collections import namedtuple
 
 import pytest
 import torch
+from anomalib.metrics import F1AdaptiveThreshold
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
 
 from anomalib_stfpm_ext import _compat
+from anomalib_stfpm_ext.threshold import MiddleThreshold
 
 
 def test_transforms_are_seen():
@@ -183,3 +186,15 @@ def test_synchronisation_of_batch_norms_is_replaced():
     alone = Trainer(accelerator="cpu", devices=1, logger=False)
     _compat.replace_layer_sync(alone, TorchSyncBatchNorm, replacement)
     assert getattr(alone.strategy, "_layer_sync", None) is None
+
+
+def test_thresholds_of_image_scores_are_replaced():
+    post_processor = PostProcessor()
+    before = post_processor._image_threshold_metric
+    _compat.replace_image_threshold(post_processor, MiddleThreshold, MiddleThreshold)  # it is of another class
+    assert post_processor._image_threshold_metric is before
+    _compat.replace_image_threshold(post_processor, F1AdaptiveThreshold, MiddleThreshold)
+    after = post_processor._image_threshold_metric
+    assert isinstance(after, MiddleThreshold)
+    assert (after.fields, after.strict) == (before.fields, before.strict)
+    _compat.replace_image_threshold(None, F1AdaptiveThreshold, MiddleThreshold)

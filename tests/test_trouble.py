@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
+from anomalib.data import ImageBatch
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
@@ -555,3 +556,52 @@ def test_callbacks_with_states_of_their_own_do_not_stop_the_end_of_a_fit(make_mo
     saved = torch.load(engine.best_model_path, weights_only=False)
     assert not model.post_processor.image_threshold.isnan()
     assert saved["callbacks"][Own().state_key]["own"] == Own().state_dict()["own"]
+
+
+def few_images(images: Path, target: Path, **counts: int) -> Path:
+    """Copy the first images of each folder."""
+    for name, count in counts.items():
+        (target / name).mkdir(parents=True)
+        for index in range(count):
+            shutil.copy(images / name / f"{index}.png", target / name)
+    return target
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_few_images_to_train_on(make_model, images, tmp_path, told, count):
+    data = folder(few_images(images, tmp_path / "few", good=count, good_test=4, bad=4))
+    if count == 1:
+        with pytest.raises(ValueError, match=r"held_out_share: .*\(or 0 to hold nothing out\), got 0.2 of 1 good"):
+            Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(make_model(), datamodule=data)
+    model = make_model(held_out_share=0.2 if count > 1 else 0)
+    Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(model, datamodule=data)
+    held_out = 1 if count > 1 else 0
+    expected = f"Images: {count - held_out} images to train on, {held_out} held out, 2 good and 2 defective ones"
+    assert len([message for message in told if message.startswith(expected)]) == 1
+    assert not model.post_processor.image_threshold.isnan()
+
+
+@pytest.mark.parametrize(
+    ("good", "defective", "threshold"),
+    [
+        ([0.1, 0.2], [0.4], 0.3),  # anomalib's is 0.4, and only what is above is defective
+        ([0.1], [0.4], 0.25),
+        ([0.1, 0.2], [0.4, 0.6], 0.3),
+        ([0.1, 0.5], [0.4, 0.6], 0.25),
+        ([0.1, 0.2], [], 0.2),  # anomalib's
+        ([], [0.4, 0.6], 0.4),
+        ([0.3, 0.3], [0.3], 0.3),
+    ],
+)
+def test_no_defective_image_of_the_validation_lies_on_the_threshold(make_model, good, defective, threshold):
+    post_processor = make_model().post_processor
+    scores = torch.tensor([*good, *defective])
+    labels = torch.tensor([False] * len(good) + [True] * len(defective))
+    maps = scores[:, None, None].expand(-1, 4, 4).clone()
+    batch = ImageBatch(torch.rand(len(scores), 3, 4, 4), gt_label=labels, pred_score=scores, anomaly_map=maps)
+    post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    assert post_processor.image_threshold.item() == pytest.approx(threshold)
+    post_processor.post_process_batch(batch)
+    if good and defective and threshold not in good:
+        assert batch.pred_label[labels].all()

@@ -114,7 +114,7 @@ def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
     """
     num_held_out = math.ceil(share * num_images)
     if not 0 < num_held_out < num_images:
-        wanted = "a share that leaves good images both to hold out and to train on"
+        wanted = "a share that leaves good images both to hold out and to train on (or 0 to hold nothing out)"
         fail(ValueError, "held_out_share", wanted, f"{share} of {num_images} good training images")
     return np.random.RandomState(seed).permutation(num_images)[:num_held_out]
 
