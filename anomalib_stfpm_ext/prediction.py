@@ -56,6 +56,7 @@ class Predictor:
             to ``None``, that of the model.
 
     Attributes:
+        pre_processor (PreProcessor | None): What the model does to an image first.
         threshold (float | None): Images with higher scores are defective; ``None`` where no validation has set one.
 
     Raises:
@@ -79,13 +80,14 @@ class Predictor:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self._device = torch.device(device)
             self._network = model.to(self._device)
-            post_processor = model.post_processor
+            self.pre_processor, post_processor = model.pre_processor, model.post_processor
         elif path.suffix in {".pt", ".pth"}:
             inferencer: TorchInferencer = read_file(
                 "checkpoint", path, "an export of anomalib", lambda name: TorchInferencer(name, device)
             )
+            check_crop(inferencer.model)
             self._network, self._device = inferencer.model, inferencer.device
-            post_processor = inferencer.model.post_processor
+            self.pre_processor, post_processor = inferencer.model.pre_processor, inferencer.model.post_processor
         else:
             fail(ValueError, "checkpoint", "a checkpoint (.ckpt) or an export for torch (.pt)", path)
         if sensitivity is not None:

@@ -2,6 +2,7 @@
 
 """The model's visualiser: anomalib's pictures, drawn and written while the next images are scored."""
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -127,9 +128,12 @@ class BackgroundImageVisualizer(ImageVisualizer):
                 dataset_name=getattr(data, "name", None),
                 category=getattr(data, "category", None),
             )
-            unfinished = file.with_name(f".{file.name}")
-            picture.save(unfinished, compress_level=COMPRESSION)
-            unfinished.replace(file)
+            unfinished = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+            try:
+                picture.save(unfinished, compress_level=COMPRESSION)
+                unfinished.replace(file)
+            finally:
+                unfinished.unlink(missing_ok=True)
         except Exception as error:  # of decoders and file systems
             fail(RuntimeError, "visualizer", "a picture that can be drawn and written", f"{source}: {error!r}")
         finally:

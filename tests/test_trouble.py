@@ -18,6 +18,7 @@ from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer
 from helpers import folder
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
@@ -32,6 +33,7 @@ from anomalib_stfpm_ext.convert import save_checkpoint
 from anomalib_stfpm_ext.feature_pyramid import Teacher
 from anomalib_stfpm_ext.files import lock
 from anomalib_stfpm_ext.images import check_file
+from anomalib_stfpm_ext.watch.service import watch
 from anomalib_stfpm_ext.watch.table import ScoreTable
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -605,3 +607,20 @@ def test_no_defective_image_of_the_validation_lies_on_the_threshold(make_model, 
     post_processor.post_process_batch(batch)
     if good and defective and threshold not in good:
         assert batch.pred_label[labels].all()
+
+
+def test_overlays_of_a_crop_show_what_the_model_sees(make_model, tmp_path, monkeypatch):
+    pre_processor = PreProcessor(Compose([Resize((64, 64)), CenterCrop((32, 32)), IMAGENET]))
+    save_checkpoint(make_model(pre_processor=pre_processor), tmp_path / "model.ckpt")
+    (tmp_path / "images").mkdir()
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    pixels[40:56, 48:80] = 255
+    Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
+    shown = []
+    monkeypatch.setattr(ImageVisualizer, "visualize", lambda _, batch: shown.append(batch) or Image.new("RGB", (1, 1)))
+    paths = {"csv": tmp_path / "scores.csv", "overlays": tmp_path / "overlays"}
+    watch(tmp_path / "model.ckpt", tmp_path / "images", once=True, patience=0, **paths)
+    (batch,) = shown
+    assert batch.image.shape[-2:] == batch.anomaly_map.shape[-2:] == (32, 32)
+    assert batch.image[0, :, 5:11, 9:23].min() > 0.9
+    assert batch.image[0, :, 14:].max() < 0.1

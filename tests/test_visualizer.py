@@ -72,6 +72,18 @@ def test_a_picture_that_cannot_be_written_ends_the_command(images, tmp_path, sta
     assert model.visualizer._threads is None
 
 
+def test_nothing_half_written_is_left(images, tmp_path, monkeypatch):
+    def save(_picture, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    model = make_model(visualizer=BackgroundImageVisualizer(output_dir=tmp_path / "output"))
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        Engine(default_root_dir=tmp_path, **QUIET).test(model, datamodule=folder(images))
+    assert not [path for path in (tmp_path / "output").rglob("*") if path.is_file()]
+
+
 def test_few_pictures_wait(images, tmp_path, monkeypatch):
     monkeypatch.setattr(visualizer, "MOST_WAITING", 1)
     model = make_model(visualizer=BackgroundImageVisualizer(output_dir=tmp_path / "output"))

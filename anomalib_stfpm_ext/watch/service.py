@@ -17,6 +17,7 @@ from PIL import Image
 from ..errors import fail
 from ..images import read_image
 from ..prediction import Predictor
+from ..transforms import seen, shows_all
 from .folder import Arrivals, Version
 from .messages import printable, tell
 from .table import COLUMNS, ScoreTable
@@ -145,6 +146,8 @@ class Scoring:
             row |= _verdict(batch, self._predictor.threshold)
             row["seconds"] = f"{time.perf_counter() - start:.4f}"
             if self._overlays:
+                if not shows_all(self._predictor.pre_processor):  # maps are of what the model sees alone
+                    batch.image = seen(self._predictor.pre_processor, batch.image)
                 _save_overlay(self._visualizer, batch, self._overlays / path.relative_to(self._folder), name)
         self._table.append(row | {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")})
         return True
