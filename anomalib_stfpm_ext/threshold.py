@@ -10,10 +10,10 @@ from torchmetrics.utilities.data import dim_zero_cat
 class MiddleThreshold(F1AdaptiveThreshold):
     """anomalib's threshold, the one with the best F1 score, in the middle of the gap beneath it.
 
-    That of anomalib 2.7 is the score of an image, in most cases of the defective one with the lowest score, and only images above
-    it are defective: that one was called good, however far it was from all good ones. A single defective image was
-    never found. Any threshold within the gap has the F1 score that anomalib looked for. Where a later anomalib calls images
-    on the threshold defective, this goes.
+    That of anomalib 2.7 is the score of an image, in most cases of the defective one with the lowest score, and only
+    images above it are defective: that one was called good, however far it was from all good ones. A single defective
+    image was never found. Any threshold within the gap has the F1 score that anomalib looked for. Where a later
+    anomalib calls images on the threshold defective, this goes.
     """
 
     def compute(self) -> torch.Tensor:
