@@ -36,7 +36,7 @@ from .callbacks.distributed import DistributedSetup
 from .callbacks.finite_loss import FiniteLoss
 from .callbacks.image_reading import ImageReading
 from .callbacks.scoring_precision import InferencePrecision, ScoringPrecision, check_precision, tell_other
-from .callbacks.student_selection import StudentSelection
+from .callbacks.student_selection import Selection, StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network, restore_tiler
 from .errors import fail
@@ -105,6 +105,11 @@ class StfpmExt(ExactExports, AnomalibModule):
             says so. ``"auto"`` takes the fastest whose scores of the held-out images stay those of float32 but for a
             tenth of their standard deviation, tried at the end of the fit. Defaults to ``None``: the checkpoint's, or
             the trainer's (``bf16-mixed`` and its like), or float32.
+        selection (Literal["held_out_map", "synthetic"]): Which student the held-out images choose. ``"held_out_map"``:
+            the one with the lowest mean anomaly map, as in the paper. ``"synthetic"``: the one that best tells those
+            images from copies with synthetic anomalies (noise, pasted patches, scratches, spots; always the same),
+            by the mean image AUROC; of those within 0.005 of the highest, the one with the lowest map. It needs 20
+            held-out images. Defaults to ``"held_out_map"``.
         image_size (tuple[int, int] | None): Height and width to which images are resized; the normalisation stays the
             teacher's. Defaults to ``None``, the paper's 256x256, or the one size that the backbone takes.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
@@ -152,6 +157,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         teacher_cache_half: bool = False,
         compile_mode: CompileMode | None = None,
         inference_precision: InferencePrecision | None = None,
+        selection: Selection = "held_out_map",
         image_size: tuple[int, int] | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -168,7 +174,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         if isinstance(seed, bool) or not isinstance(seed, Integral | None):
             fail(TypeError, "seed", "a whole number or None", repr(seed))
         check_precision(inference_precision)
-        selection = StudentSelection(held_out_share, seed or 0, ema_decay)
+        student_selection = StudentSelection(held_out_share, seed or 0, ema_decay, selection)
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
@@ -201,7 +207,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             fail(ValueError, "teacher_cache_half", "False where teacher_cache is None", teacher_cache_half)
         self.cache = None if teacher_cache is None else TeacherCache(teacher_cache, teacher_cache_half)
         self.lr_schedule, self.seed = lr_schedule, seed
-        self.student_selection = selection
+        self.student_selection = student_selection
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of good images.

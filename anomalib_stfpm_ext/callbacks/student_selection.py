@@ -4,13 +4,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..checkpoints import STUDENT_PREFIX
 from ..errors import fail
@@ -18,6 +18,7 @@ from .finite_loss import fail_as_diverged, where
 from .fit_resource import FitResource
 from .hold_out import check_share, hold_out
 from .students import Measurement, Students
+from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, mean_auroc
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 CHECKPOINT_KEY = "stfpm_ext_held_out"
+Selection = Literal["held_out_map", "synthetic"]
 
 
 class StudentSelection(FitResource):
@@ -42,6 +44,8 @@ class StudentSelection(FitResource):
         seed (int): Says which ones.
         ema_decay (float | None): Decay of an exponential moving average of the student; ``None`` for no average. With
             share 0 and no average there is nothing to select: the last student is kept.
+        selection (Selection): ``"held_out_map"`` keeps the student with the lowest mean anomaly map of the held-out
+            images. ``"synthetic"`` keeps the one that finds most of the anomalies that are made into them.
 
     Attributes:
         students (Students | None): Those of this fit or the last one, if there was something to select.
@@ -49,19 +53,24 @@ class StudentSelection(FitResource):
 
     Raises:
         TypeError: If ``share`` or ``ema_decay`` is no number.
-        ValueError: If one of them is out of range.
+        ValueError: If one of them is out of range, or ``selection`` is none of these or lacks held-out images.
     """
 
-    def __init__(self, share: float, seed: int, ema_decay: float | None) -> None:
+    def __init__(self, share: float, seed: int, ema_decay: float | None, selection: Selection = "held_out_map") -> None:
         check_share(share)
         check_decay(ema_decay)
-        self.share, self.seed, self.ema_decay = share, seed, ema_decay
+        if selection not in get_args(Selection):
+            fail(ValueError, "selection", f"one of {get_args(Selection)}", repr(selection))
+        if selection == "synthetic" and not share:
+            fail(ValueError, "held_out_share", "a share above 0, since selection is 'synthetic'", share)
+        self.share, self.seed, self.ema_decay, self.selection = share, seed, ema_decay, selection
         self.forget()
 
     def forget(self) -> None:
         """Forget the students of an earlier fit, since the model's student is now another."""
         self.students: Students | None = None
         self.loader: DataLoader[Any] | None = None
+        self._defective: dict[int, torch.Tensor] = {}  # held-out images with synthetic anomalies
         self._num_images = 0
         self._split_seed = self.seed
         self._step = 0
@@ -71,7 +80,12 @@ class StudentSelection(FitResource):
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: other students and images have no place in it.
-        return {"share": self.share, "seed": self.seed, "ema_decay": self.ema_decay}
+        return {
+            "share": self.share,
+            "seed": self.seed,
+            "ema_decay": self.ema_decay,
+            "selection": self.selection,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -90,7 +104,7 @@ class StudentSelection(FitResource):
         """The measurement of the student that is kept.
 
         Returns:
-            Measurement | None: The lowest, the earliest of equals; ``None`` before the first.
+            Measurement | None: See :func:`.students.best_of`; ``None`` before the first.
         """
         return self.students.best if self.students else None
 
@@ -135,6 +149,8 @@ class StudentSelection(FitResource):
             "images": self._num_images,
             "epoch": self.best and self.best.epoch,
             "held_out_map": self.best and self.best.value,
+            "synthetic_AUROC": self.best and self.best.synthetic_auroc,
+            "selection": self.selection,
             "ema_decay": self.ema_decay,
             "random_state": torch.get_rng_state(),
             **self.students.state(),
@@ -177,6 +193,11 @@ class StudentSelection(FitResource):
             self._split_seed = resumed["seed"]  # the same images as before
         if self.share:
             self._num_images, self.loader = hold_out(trainer, self.share, self._split_seed)
+            if self.selection == "synthetic" and not self._makes_anomalies:
+                rank_zero_warn(
+                    f"selection: synthetic anomalies need {FEWEST_IMAGES} held-out images to judge by, and there are "
+                    f"{self._num_images}. As in the paper, the student with their lowest mean anomaly map is kept."
+                )
         if resumed and resumed["images"] != self._num_images:
             wanted = f"{resumed['images']} held-out images as in the checkpoint"
             fail(ValueError, "held_out_share", wanted, self._num_images)
@@ -228,6 +249,13 @@ class StudentSelection(FitResource):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best student, and validate it if no validation has."""
         self.release()
+        if self.best and self.best.synthetic_auroc is not None:
+            rank_zero_info(
+                f"selection: the student of epoch {self.best.epoch} is kept, with an AUROC of "
+                f"{self.best.synthetic_auroc:.3f} on synthetic anomalies and a mean held-out map of "
+                f"{self.best.value:.3g}; the last has {self.history[-1].synthetic_auroc:.3f} and "
+                f"{self.history[-1].value:.3g}."
+            )
         if self._verdicts is not None and not self._verdicts.belong_to(self._kept_step):
             self._validate_kept(trainer, pl_module)
 
@@ -243,6 +271,7 @@ class StudentSelection(FitResource):
         if self._verdicts is not None:
             self._verdicts.restore(self._kept_step)
         self.loader = None
+        self._defective.clear()
 
     @property
     def _kept_step(self) -> int | None:
@@ -279,6 +308,7 @@ class StudentSelection(FitResource):
         for argument, before, now in (
             ("held_out_share", resumed["share"], self.share),
             ("ema_decay", resumed.get("ema_decay"), self.ema_decay),
+            ("selection", resumed.get("selection", "held_out_map"), self.selection),
         ):
             if before != now:
                 fail(ValueError, argument, f"{before} as in the checkpoint", now)
@@ -289,24 +319,52 @@ class StudentSelection(FitResource):
             return
         if not self.history or self.history[-1].step != trainer.global_step:
             with self.students.measuring():
-                value = self._mean_map(trainer, pl_module)
-                if not math.isfinite(value):
+                value, auroc = self._judge(trainer, pl_module)
+                if not math.isfinite(value + (auroc or 0)):
                     got = f"a mean anomaly map of the held-out images of {value}"
                     fail_as_diverged(got, where(trainer), self.describe_kept())
-                self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value))
-        pl_module.log("held_out_map", self.history[-1].value, prog_bar=prog_bar, sync_dist=True)
+                self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value, auroc))
+        last = self.history[-1]
+        pl_module.log("held_out_map", last.value, prog_bar=prog_bar, sync_dist=True)
+        if last.synthetic_auroc is not None:
+            pl_module.log("synthetic_AUROC", last.synthetic_auroc, prog_bar=prog_bar, sync_dist=True)
 
-    @torch.no_grad()
-    def _mean_map(self, trainer: Trainer, module: AnomalibModule) -> float:
-        """Compute the mean anomaly map of all held-out images; every process has a share, and all get the result."""
+    @property
+    def _makes_anomalies(self) -> bool:
+        return self.selection == "synthetic" and self._num_images >= FEWEST_IMAGES
+
+    def _judge(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None]:
+        """Measure the mean anomaly map of all held-out images, and the AUROC of anomalies that are made into them.
+
+        Every process has a share of the images, and all get the result.
+        """
         teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
-        sum_and_count = torch.zeros(2, dtype=torch.float64)
+        results: list[tuple[float, float, int, float | None]] = []  # mean map, score, index, score with an anomaly
         for images in held_out_images(trainer, module, self.loader):
-            means = module.model(images, teacher).anomaly_map.mean((1, 2, 3))
-            sum_and_count += torch.tensor([means.cpu().double().sum(), len(means)], dtype=torch.float64)
+            # The processes take turns, so that an image has the same number, and anomaly, however many there are.
+            first = len(results)
+            indices = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
+            good = module.model(images, teacher)
+            means, scores = good.anomaly_map.mean((1, 2, 3)).tolist(), good.pred_score.flatten().tolist()
+            with_anomaly: list[float | None] = [None] * len(images)
+            if self._makes_anomalies and (made := [index for index in indices if index < MOST_IMAGES]):
+                for index, image in zip(made, images, strict=False):
+                    if index not in self._defective:
+                        self._defective[index] = add_anomaly(image, index).cpu()
+                defective = module.model(torch.stack([self._defective[index] for index in made]).to(images.device))
+                with_anomaly[: len(made)] = defective.pred_score.flatten().tolist()
+            results += zip(means, scores, indices, with_anomaly, strict=True)
         if trainer.world_size > 1:
-            sum_and_count = trainer.strategy.reduce(sum_and_count.to(module.device), reduce_op="sum")
-        return float(sum_and_count[0] / sum_and_count[1])
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, results)
+            results = sorted((result for share in shares for result in share), key=lambda result: result[2])
+        value = math.fsum(mean for mean, *_ in results) / len(results)
+        made_into = {index: score for *_, index, score in results if score is not None}
+        if not made_into:
+            return value, None
+        good_scores = torch.tensor([score for _, score, *_ in results], dtype=torch.float64)
+        defective = torch.tensor(list(made_into.values()), dtype=torch.float64)
+        return value, mean_auroc(good_scores, defective, torch.tensor(list(made_into)) % len(KINDS))
 
 
 def held_out_images(

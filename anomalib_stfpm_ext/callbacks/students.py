@@ -2,7 +2,8 @@
 
 """The students of one fit: the one in training, the best so far, and the averaged one."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,13 +11,39 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from .synthetic import TIE
+
 
 class Measurement(NamedTuple):
-    """Mean anomaly map of the held-out images under one student."""
+    """Mean anomaly map of the held-out images under one student, and how well it finds synthetic anomalies in them."""
 
     epoch: int
     step: int
     value: float
+    synthetic_auroc: float | None = None
+
+
+def best_of(history: Iterable[Measurement]) -> Measurement | None:
+    """Return the measurement of the best student.
+
+    Without synthetic anomalies it is the one with the lowest mean map, as in the paper. Otherwise it is the one that
+    finds most of them; among those that are level with it, again the one with the lowest map. Students that were given
+    up do not come back, since they are gone.
+
+    Args:
+        history (Iterable[Measurement]): Measurements in their order.
+
+    Returns:
+        Measurement | None: The earliest of equals; ``None`` of none.
+    """
+    best, most = None, -math.inf
+    for each in history:
+        found = each.synthetic_auroc or 0.0
+        most = max(most, found)
+        best_is_level = best is not None and (best.synthetic_auroc or 0.0) >= most - TIE
+        if best is None or not best_is_level or (found >= most - TIE and each.value < best.value):
+            best = each
+    return best
 
 
 class Students:
@@ -66,14 +93,14 @@ class Students:
 
     @property
     def best(self) -> Measurement | None:
-        """The lowest measurement, the earliest of equals; ``None`` before the first."""
-        return min(self.history, key=lambda measurement: measurement.value, default=None)
+        """The measurement of the best student, see :func:`best_of`; ``None`` before the first."""
+        return best_of(self.history)
 
     def add(self, measurement: Measurement) -> None:
         """Note a measurement of the student in the network, and keep that student if it is the best so far."""
-        if self.best is None or measurement.value < self.best.value:
-            _copy(self._network.state_dict(), self._other)
         self.history.append(measurement)
+        if self.best is measurement:
+            _copy(self._network.state_dict(), self._other)
 
     def update_average(self, step: int) -> None:
         """Let the average, if there is one, follow the student in training.

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch.utils.data import (
     BatchSampler,
@@ -33,9 +34,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.callbacks import finite_loss
+from anomalib_stfpm_ext.callbacks import finite_loss, student_selection
 from anomalib_stfpm_ext.callbacks.hold_out import split
 from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX
+from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
+from anomalib_stfpm_ext.callbacks.synthetic import add_anomaly
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -216,7 +219,7 @@ def test_best_student_is_validated_saved_tested_and_kept(make_model, fit, images
         "epoch": 1,
         "held_out_map": values[1],
     }
-    assert [value for _, _, value in choice["history"]] == values
+    assert [value for _, _, value, _ in choice["history"]] == values
 
     loaded = StfpmExt.load_from_checkpoint(engine.best_model_path, visualizer=False)
     assert same(loaded.model.student_model.state_dict(), best)
@@ -236,6 +239,53 @@ def held_out_map(model: StfpmExt, images: Path, indices) -> float:
     with torch.no_grad():
         maps = [model.eval().model(model.pre_processor.transform(image[None])).anomaly_map for image in pictures]
     return torch.stack(maps).double().mean().item()
+
+
+def test_synthetic_anomalies_choose(make_model, fit, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(student_selection, "FEWEST_IMAGES", 4)
+    settings = {"held_out_share": 0.5, "selection": "synthetic"}
+    model, steer = make_model(**settings), Steer(0.3, 0.1, 0.5, 0.2)
+    each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    engine = fit(model, steer, each, epochs=4)
+    history = model.student_selection.history
+    best = model.student_selection.best
+    assert best == best_of(history)
+    assert same(model.model.student_model.state_dict(), steer.student(model, best.epoch))
+    assert engine.trainer.callback_metrics["synthetic_AUROC"].item() == pytest.approx(history[-1].synthetic_auroc)
+    checkpoint = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
+    choice = checkpoint[CHECKPOINT_KEY]
+    assert (choice["selection"], choice["synthetic_AUROC"]) == ("synthetic", best.synthetic_auroc)
+    loaded = StfpmExt.load_from_checkpoint(tmp_path / "epoch=3.ckpt", visualizer=False)
+    assert best.synthetic_auroc == pytest.approx(synthetic_auroc(loaded, images, split(8, 0.5, 0)))
+
+    resumed = make_model(**settings)
+    fit(resumed, steer, epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert resumed.student_selection.history == history
+    with pytest.raises(ValueError, match="selection: wanted synthetic as in the checkpoint, got held_out_map"):
+        fit(make_model(held_out_share=0.5), epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+
+
+def synthetic_auroc(model: StfpmExt, images: Path, indices) -> float:
+    """Compute the AUROC of synthetic anomalies in some of the good images, one by one."""
+    data = folder(images)
+    data.setup()
+    with torch.no_grad():
+        good = [model.pre_processor.transform(data.train_data[index].image[None]) for index in indices]
+        defective = [add_anomaly(image[0], index)[None] for index, image in enumerate(good)]
+        scores = [[model.eval().model(image).pred_score.item() for image in side] for side in (good, defective)]
+    aurocs = [roc_auc_score([0] * len(good) + [1], [*scores[0], score]) for score in scores[1]]
+    return float(np.mean(aurocs))  # four images, so one of each kind
+
+
+def test_too_few_images_for_synthetic_anomalies(make_model, fit):
+    model = make_model(selection="synthetic")
+    with pytest.warns(UserWarning, match="selection: synthetic anomalies need 20 held-out images .* there are 2"):
+        fit(model, epochs=2)
+    history = model.student_selection.history
+    assert all(measurement.synthetic_auroc is None for measurement in history)
+    assert model.student_selection.best == min(history, key=lambda measurement: measurement.value)
+    with pytest.raises(ValueError, match="held_out_share: wanted a share above 0, since selection is 'synthetic', got"):
+        make_model(selection="synthetic", held_out_share=0)
 
 
 def test_resumed_run_ends_as_the_unbroken_one(make_model, fit, tmp_path):
@@ -561,7 +611,7 @@ def test_averaged_student_is_measured_validated_saved_and_kept(make_model, fit, 
     if share:
         by_hand = held_out_map(loaded, images, split(8, 0.2, 0))
         assert choice["held_out_map"] == pytest.approx(by_hand, rel=1e-6)
-        assert min(value for _, _, value in choice["history"]) == choice["held_out_map"]
+        assert min(value for _, _, value, _ in choice["history"]) == choice["held_out_map"]
     statistics = {name: buffer.clone() for name, buffer in loaded.post_processor.named_buffers()}
     engine.trainer.validate(loaded, datamodule=folder(images), verbose=False)
     torch.testing.assert_close(dict(loaded.post_processor.named_buffers()), statistics, rtol=0, atol=0, equal_nan=True)
@@ -626,6 +676,7 @@ def test_cosine_ends_at_zero(make_model, fit, images, tmp_path):
         ("lr", float("nan"), ValueError, "a finite number of at least 0, got nan"),
         ("momentum", "0.9", TypeError, "a number, got '0.9'"),
         ("weight_decay", -1, ValueError, "a finite number of at least 0, got -1"),
+        ("selection", "best", ValueError, r"one of \('held_out_map', 'synthetic'\), got 'best'"),
         ("seed", "a", TypeError, "a whole number or None, got 'a'"),
     ],
 )
@@ -678,6 +729,7 @@ from anomalib.data import Folder
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
 from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext.callbacks import student_selection
 
 images, weights, output = sys.argv[1:]
 read_image = anomalib_dataset.read_image
@@ -707,6 +759,8 @@ def spoil(batch):
 
 
 fit("paper", held_out_share=0.3)
+student_selection.FEWEST_IMAGES = 4
+fit("synthetic", held_out_share=0.5, selection="synthetic")
 options = {"lr_schedule": "cosine", "ema_decay": 0.6}
 for share in (0.3, 0):
     fit(f"options_{share}", held_out_share=share, **options)
@@ -741,8 +795,15 @@ def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
     assert {name for process in (first, second) for name in process["read"] if name in names} == names
 
     loaded = StfpmExt.load_from_checkpoint(first["checkpoint"], visualizer=False)
-    best = min(value for _, _, value in first["history"])
+    best = min(value for _, _, value, _ in first["history"])
     assert best == pytest.approx(held_out_map(loaded, images, held_out), rel=1e-6)
+
+    first, second = results("synthetic")
+    assert first["history"] == second["history"]
+    assert first["student"] == second["student"]
+    kept = best_of(Measurement(*measurement) for measurement in first["history"])
+    loaded = StfpmExt.load_from_checkpoint(first["checkpoint"], visualizer=False)
+    assert kept.synthetic_auroc == pytest.approx(synthetic_auroc(loaded, images, split(8, 0.5, 0)))
 
     for share in (0.3, 0):
         processes = results(f"options_{share}") + results(f"resumed_{share}")
