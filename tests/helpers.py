@@ -5,6 +5,8 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 # Channels and stride of each level, as the backbones' feature pyramids have them.
@@ -66,3 +68,14 @@ def folder(images: Path, **arguments):
 
     settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
     return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))
+
+
+def skip_unless_computed(*precisions: str) -> None:
+    """Skip a test where oneDNN's convolutions compute in one of these precisions neither fast nor slowly."""
+    computed = {
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    for precision in precisions:
+        if not computed[precision]:
+            pytest.skip(f"oneDNN does not compute in {precision} on this CPU")

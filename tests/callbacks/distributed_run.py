@@ -89,7 +89,7 @@ def main(images: str, output: str, devices: int) -> None:
     result = {
         "losses": seen.losses,
         "student": student,
-        "held_out": [value for _, _, value in choice.history],
+        "held_out": [measurement.value for measurement in choice.history],
         "figures": figures,
         **seen.images,
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
-from helpers import folder
+from helpers import folder, skip_unless_computed
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
 from anomalib_stfpm_ext.acceleration import precision
@@ -145,6 +145,7 @@ def test_what_the_machine_lacks_is_not_what_checkpoints_are_of(make_model, fit, 
 
 
 def test_auto_takes_what_is_faster_and_validates_anew(make_model, fit, images, monkeypatch, told):
+    skip_unless_computed("bfloat16")
     monkeypatch.setattr(ScoringPrecision, "_try", lambda *_: Trial(8, 0.01, 2.0))
     model = make_model(inference_precision="auto")
     engine = fit(model)
@@ -186,6 +187,7 @@ def test_what_moves_scores_is_told(make_model, fit, monkeypatch, told):
 
 
 def test_the_trial_compares_both_on_the_held_out_images(make_model, fit, monkeypatch):
+    skip_unless_computed("bfloat16")
     trials = []
     original = ScoringPrecision._try
 
