@@ -321,7 +321,8 @@ class StudentSelection(FitResource):
             with self.students.measuring():
                 value, auroc = self._judge(trainer, pl_module)
                 if not math.isfinite(value + (auroc or 0)):
-                    got = f"a mean anomaly map of the held-out images of {value}"
+                    of_anomalies = "" if auroc is None else f" and an AUROC of synthetic anomalies of {auroc}"
+                    got = f"a mean anomaly map of the held-out images of {value}{of_anomalies}"
                     fail_as_diverged(got, where(trainer), self.describe_kept())
                 self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value, auroc))
         last = self.history[-1]
@@ -333,6 +334,7 @@ class StudentSelection(FitResource):
     def _makes_anomalies(self) -> bool:
         return self.selection == "synthetic" and self._num_images >= FEWEST_IMAGES
 
+    @torch.no_grad()
     def _judge(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None]:
         """Measure the mean anomaly map of all held-out images, and the AUROC of anomalies that are made into them.
 
@@ -351,7 +353,9 @@ class StudentSelection(FitResource):
                 for index, image in zip(made, images, strict=False):
                     if index not in self._defective:
                         self._defective[index] = add_anomaly(image, index).cpu()
-                defective = module.model(torch.stack([self._defective[index] for index in made]).to(images.device))
+                defective_images = torch.stack([self._defective[index] for index in made]).to(images.device)
+                # As the good ones are scored, though their features are not kept: the cache is for those of the data.
+                defective = module.model(defective_images, teacher and module.model.teacher_features)
                 with_anomaly[: len(made)] = defective.pred_score.flatten().tolist()
             results += zip(means, scores, indices, with_anomaly, strict=True)
         if trainer.world_size > 1:
@@ -363,8 +367,8 @@ class StudentSelection(FitResource):
         if not made_into:
             return value, None
         good_scores = torch.tensor([score for _, score, *_ in results], dtype=torch.float64)
-        defective = torch.tensor(list(made_into.values()), dtype=torch.float64)
-        return value, mean_auroc(good_scores, defective, torch.tensor(list(made_into)) % len(KINDS))
+        scores_made = torch.tensor(list(made_into.values()), dtype=torch.float64)
+        return value, mean_auroc(good_scores, scores_made, torch.tensor(list(made_into)) % len(KINDS))
 
 
 def held_out_images(

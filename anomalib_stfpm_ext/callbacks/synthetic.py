@@ -10,7 +10,7 @@ from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from torch.nn.functional import interpolate
 
 FEWEST_IMAGES = 20  # by fewer held-out images, which student finds more is a matter of chance
-MOST_IMAGES = 100  # so that large data sets cost no more; what they would add is below TIE
+MOST_IMAGES = 100  # that get an anomaly, so that large data sets take no more time and memory
 FEWEST_PERLIN_PIXELS = 64  # a side, which anomalib's generator fails below
 TIE = 0.005  # of the mean AUROC: what late epochs differ by without reason
 
@@ -50,7 +50,7 @@ def mean_auroc(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor)
 
 
 def _perlin(image: torch.Tensor) -> torch.Tensor:
-    """Blend noise into patches, as DRAEM does."""
+    """Blend noise into patches, as DRAEM does (Zavrtanik et al., ICCV 2021)."""
     size = image.shape[1:]
     canvas = _resize(image, [max(side, FEWEST_PERLIN_PIXELS) for side in size])
     low, contrast = canvas.amin((1, 2), keepdim=True), _contrast(canvas)  # the generator is made for images in [0, 1]
@@ -60,7 +60,7 @@ def _perlin(image: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_paste(image: torch.Tensor) -> torch.Tensor:
-    """Paste a rectangle of the image elsewhere, mirrored at random, as CutPaste does."""
+    """Paste a rectangle of the image elsewhere, mirrored at random, as CutPaste does (Li et al., CVPR 2021)."""
     _, height, width = image.shape
     area, aspect = _draw(0.005, 0.05) * height * width, math.exp(_draw(-1.2, 1.2))
     rows = min(max(round(math.sqrt(area * aspect)), 1), height)

@@ -33,7 +33,7 @@ from torch.utils.data import (
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 from anomalib_stfpm_ext.callbacks import finite_loss, student_selection
 from anomalib_stfpm_ext.callbacks.hold_out import split
 from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX
@@ -263,6 +263,19 @@ def test_synthetic_anomalies_choose(make_model, fit, images, tmp_path, monkeypat
     assert resumed.student_selection.history == history
     with pytest.raises(ValueError, match="selection: wanted synthetic as in the checkpoint, got held_out_map"):
         fit(make_model(held_out_share=0.5), epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+
+
+def test_anomalies_are_scored_as_the_images_are(make_model, fit, monkeypatch):
+    """By the networks themselves where the teacher's features are kept: copies may be of another precision."""
+
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(student_selection, "FEWEST_IMAGES", 4)
+    monkeypatch.setattr(StfpmExtModel, "_infer", refuse)
+    model = make_model(held_out_share=0.5, selection="synthetic")
+    fit(model, epochs=1, limit_val_batches=0)
+    assert model.student_selection.best.synthetic_auroc is not None
 
 
 def synthetic_auroc(model: StfpmExt, images: Path, indices) -> float:
