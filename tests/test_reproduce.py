@@ -241,6 +241,44 @@ def test_visa_as_published(visa, small, tmp_path):
         command(visa, tmp_path / "other", *small, data="Visa")
 
 
+def test_any_folder_of_that_layout(mvtec_ad, small, tmp_path):
+    root, sizes = tmp_path / "tiles", ((70, 40), (40, 90))  # width and height
+    for path in (mvtec_ad / "bottle").rglob("*.png"):
+        target = root / path.relative_to(mvtec_ad / "bottle")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if "ground_truth" in path.parts:  # of its image's size, and one that is empty
+            picture = target.parents[2] / "test" / target.parent.name / target.name.replace("_mask.png", ".jpg")
+            mask = Image.open(path).resize(sizes[int(picture.stem) % 2])
+            (mask if picture.stem == "000" else mask.point(lambda _: 0)).save(target)
+        else:
+            Image.open(path).convert("L").resize(sizes[int(path.stem) % 2]).save(target.with_suffix(".jpg"))
+    (root / "ground_truth" / "good").mkdir()
+    Image.new("L", sizes[0]).save(root / "ground_truth" / "good" / "000_mask.png")
+    for output, folder in ((tmp_path / "one", root), (tmp_path / "all", tmp_path)):
+        command(folder, output, *small, "--categories", "tiles", data="Folder")
+        table = pd.read_csv(output / "results.csv", index_col="category")
+        assert table.index.tolist() == ["tiles", "mean of these 1"]
+        assert table.loc["tiles"].filter(like=" ours").between(0, 1).all()
+    assert run_of(tmp_path / "one", "tiles", 0)["images"] == {"train": 6, "good": 3, "defective": 4}
+
+
+def test_results_of_before_an_argument_came_are_of_its_default(output, mvtec_ad, with_resnet18):
+    file = output / "settings.json"
+    settings = json.loads(file.read_text())
+    older = {name: value for name, value in settings.items() if name not in ("selection", "precision")}
+    try:
+        file.write_text(json.dumps(older))
+        command(mvtec_ad, output, *with_resnet18)
+        for name, value, before in (
+            ("selection", "synthetic", "held_out_map"),
+            ("precision", "bf16-mixed", "32-true"),
+        ):
+            with pytest.raises(SystemExit, match=f"{name}: wanted {before}, as for the results in .*, got {value}"):
+                command(mvtec_ad, output, *with_resnet18, f"--{name}", value)
+    finally:
+        file.write_text(json.dumps(settings))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,25 +25,27 @@ from .tables import write_tables
 
 
 def reproduce(
-    data: Literal["MVTecAD", "Visa"],
+    data: Literal["MVTecAD", "Visa", "Folder"],
     root: Path,
     model: dict[str, Any],
     categories: list[str] | str | None = None,
     seeds: list[int] | str | None = None,
     max_epochs: int = 100,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     output: Path | None = None,
     devices: int | None = None,
     workers: int | None = None,
 ) -> None:
-    """Train and evaluate StfpmExt on MVTec AD or VisA, at 256x256 and on raw scores, and tabulate it.
+    """Train and evaluate StfpmExt at 256x256 and on raw scores, and tabulate it beside published figures.
 
     Args:
-        data: The data set, by the name of anomalib's data module.
-        root: Its folder, in any layout that the data module reads.
+        data: MVTecAD, Visa, or Folder for any other in MVTec AD's layout, with images of any kind that anomalib reads.
+        root: Its folder, in any layout that the data module reads. With Folder also that of one category.
         model: Arguments of StfpmExt.
         categories: Some of its categories, as in [bottle,pill]. Defaults to all that are there.
         seeds: Seeds of the runs, as in [0,1,2]. Defaults to seed 0.
         max_epochs: Epochs to train. Defaults to the paper's 100.
+        precision: The trainer's. bf16-mixed is faster where the machine computes in bfloat16.
         output: Folder of the results. Defaults to results/reproduce/ and the name of the data set.
         devices: Runs that go on at the same time, each on a GPU of its own. Defaults to the number of GPUs; 1 if none.
         workers: Processes that load the images of one run. Defaults to its share of the processor cores, up to 8.
@@ -76,7 +78,7 @@ def reproduce(
     output = output or Path("results/reproduce") / data
     found = find_categories(data, root, categories or [])
     StfpmExt(**model)  # so that wrong weights are one error now, and those of the internet are fetched once
-    plan = Plan(data, root, output, found, model, max_epochs, workers)
+    plan = Plan(data, root, output, found, model, max_epochs, precision, workers)
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as file:
         no_lock = lock(file, output, "another process reproduces into it")

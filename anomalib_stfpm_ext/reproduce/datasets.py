@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""MVTec AD and VisA: their categories, looked at before anything is trained."""
+"""MVTec AD, VisA and folders like theirs: the categories, looked at before anything is trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,11 +44,12 @@ class Category:
         Raises:
             ValueError: If it lacks images, or has masks for some defective images only. Hidden files do not count.
         """
-        extensions = mvtecad.IMG_EXTENSIONS if data == "MVTecAD" else visa.EXTENSIONS
+        extensions: Sequence[str] = {"MVTecAD": mvtecad.IMG_EXTENSIONS, "Visa": visa.EXTENSIONS}.get(data, ())
 
         def count(*parts: str) -> int:
             found = folder.joinpath(*parts).rglob("*")
-            return sum(path.suffix in extensions and not is_junk(path, folder) for path in found)
+            images = (path for path in found if (path.suffix in extensions if extensions else is_image_file(path)))
+            return sum(not is_junk(path, folder) for path in images)
 
         names = (path.name for path in folder.glob("test/*") if path.is_dir())
         defects = sorted(name for name in names if name != "good" and not name.startswith("."))
@@ -59,8 +60,9 @@ class Category:
             ("a folder of test/ other than good", num_defective),
         ):
             if not num_images:
-                fail(ValueError, "root", f"images ({', '.join(extensions)}) in {role} of {folder}", "none")
-        num_masks = count("ground_truth")
+                kinds = f" ({', '.join(extensions)})" if extensions else ""
+                fail(ValueError, "root", f"images{kinds} in {role} of {folder}", "none")
+        num_masks = sum(count("ground_truth", defect) for defect in defects)  # some have empty ones of good images too
         if num_masks not in {0, num_defective}:
             wanted = f"a mask for each of the {num_defective} defective test images of {folder}, or none at all"
             fail(ValueError, "root", wanted, f"{num_masks} masks")
@@ -111,13 +113,14 @@ def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, C
         raw = [category for category in VISA_CATEGORIES if (root / category).is_dir()]
         if not base.exists() and raw and split.is_file():
             Visa(root, raw[0]).prepare_data()
+    if data == "Folder" and (root / "train" / "good").is_dir():  # of one category
+        base = root.resolve().parent
+        wanted = wanted or [root.resolve().name]
     # anomalib makes folders for VisA's absent categories too, but leaves them empty.
     folders = [path.parent.parent for path in base.glob("*/train/good") if any(path.iterdir())]
     found = sorted(folder.name for folder in folders if not folder.name.startswith("."))
     if not found:
-        layout = (
-            "CATEGORY/train/good" if data == "MVTecAD" else "visa_pytorch/CATEGORY/train/good or split_csv/1cls.csv"
-        )
+        layout = "visa_pytorch/CATEGORY/train/good or split_csv/1cls.csv" if data == "Visa" else "CATEGORY/train/good"
         fail(FileNotFoundError, "root", f"the folder of {data}, with {layout}", root)
     missing = [category for category in wanted if category not in found]
     if missing:

@@ -4,6 +4,7 @@
 
 import ctypes
 import hashlib
+import inspect
 import json
 import signal
 import tempfile
@@ -46,6 +47,7 @@ class Plan:
         categories (dict[str, Category]): The categories by name.
         model (dict[str, Any]): Arguments of :class:`StfpmExt`.
         max_epochs (int): Epochs to train.
+        precision (str): The trainer's.
         workers (int): Processes that load the images of one run.
     """
 
@@ -55,6 +57,7 @@ class Plan:
     categories: dict[str, Category]
     model: dict[str, Any]
     max_epochs: int
+    precision: str
     workers: int
 
     def settings(self) -> dict[str, Any]:
@@ -68,7 +71,8 @@ class Plan:
         if isinstance(teacher, Path):
             teacher = f"sha256 {hashlib.sha256(teacher.read_bytes()).hexdigest()}"
         model = {**self.model, "layers": list(self.model["layers"]), "teacher_weights": teacher}
-        return {"data": self.data, "root": str(self.root.resolve()), **model, "max_epochs": self.max_epochs}
+        data = {"data": self.data, "root": str(self.root.resolve())}
+        return {**data, **model, "max_epochs": self.max_epochs, "precision": self.precision}
 
     def claim_output(self) -> None:
         """Write the settings into the output folder, or compare them with what is there.
@@ -80,11 +84,13 @@ class Plan:
         if not file.exists():
             write_file(file, json.dumps(settings, indent=2))
             return
-        before = json.loads(file.read_text())
-        for name in {**before, **settings}:
-            if before.get(name) != settings.get(name):
-                wanted = f"{before.get(name)}, as for the results in {self.output} (or another output)"
-                fail(ValueError, name, wanted, settings.get(name))
+        # Of arguments that have come since, the results are of the defaults.
+        defaults = {name: option.default for name, option in inspect.signature(StfpmExt).parameters.items()}
+        before = {"precision": "32-true", **defaults, **json.loads(file.read_text())}
+        for name, value in settings.items():
+            if before[name] != value:
+                wanted = f"{before[name]}, as for the results in {self.output} (or another output)"
+                fail(ValueError, name, wanted, value)
 
     def run_folder(self, category: str, seed: int) -> Path:
         """Return where a run is kept.
@@ -106,16 +112,16 @@ class Plan:
             view (Path): Where links to the images go if there is junk beside them; it lasts as long as the run.
 
         Returns:
-            AnomalibDataModule: anomalib's own for the data set. It insists on masks: where there are none, one for
-                folders. The test images take no part in the training.
+            AnomalibDataModule: anomalib's own for the data set, which insists on masks; otherwise the one for folders.
+                The test images take no part in the training.
         """
         arguments: dict[str, Any] = {"val_split_mode": "none", "num_workers": self.workers}
         found = self.categories[category]
         has_junk = leave_out_junk(found.folder, view)
-        if found.masks and not has_junk:
+        if found.masks and not has_junk and self.data != "Folder":
             module = MVTecAD if self.data == "MVTecAD" else Visa
             return module(root=self.root, category=category, **arguments)
-        if found.masks:  # in a view, whose links these modules do not follow; Folder takes the same images
+        if found.masks:  # of any folder, or in a view, whose links these modules do not follow
             arguments["mask_dir"] = [f"ground_truth/{defect}" for defect in found.defects]
         return Folder(
             name=category,
@@ -164,6 +170,7 @@ class ReproduceJob(Job):
                 callbacks=[ModelCheckpoint(folder, filename="model", enable_version_counter=False)],
                 devices=[task_id or 0] if torch.cuda.is_available() else 1,
                 max_epochs=self.plan.max_epochs,
+                precision=self.plan.precision,
                 limit_val_batches=0,
                 enable_progress_bar=task_id is None,
             )
