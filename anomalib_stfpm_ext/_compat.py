@@ -1,21 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Private names of torch, Lightning and anomalib, each used in one function here, with the reason.
+"""Names of torch, Lightning and anomalib that are private or not in all releases, each in one function, with reasons.
 
 A new release may rename them. Then ``tests/test_compat.py`` fails, and this is the one file to mend.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib import PrecisionType
+from anomalib.data.transforms import ExportableCenterCrop
 from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torchvision.transforms.v2 import CenterCrop, Compose, Grayscale, Normalize, Resize, Transform
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.plugins import LayerSync
+
+
+def safe_globals() -> AbstractContextManager[None]:
+    """Allow torch to load what anomalib's checkpoints hold besides tensors.
+
+    anomalib has a public name for it from 2.7 on; before, its engine allowed all.
+
+    Returns:
+        AbstractContextManager[None]: The context in which ``torch.load(weights_only=True)`` takes them.
+    """
+    try:
+        from anomalib.utils.serialization import anomalib_safe_globals
+    except ImportError:
+        anomalib_safe_globals = partial(torch.serialization.safe_globals, [PrecisionType])
+    context: AbstractContextManager[None] = anomalib_safe_globals()
+    return context
+
+
+def check_fixed(transform: Transform | None) -> None:
+    """Raise unless a transform is one of those that anomalib saves in checkpoints, none of which is random.
+
+    anomalib knows them from 2.7 on; before, it pickled any.
+
+    Args:
+        transform (Transform | None): torchvision's transform.
+
+    Raises:
+        ValueError: If it is, or contains, another one.
+    """
+    try:
+        from anomalib.pre_processing.utils.spec import transform_to_spec
+    except ImportError:
+        for each in (stack := [transform]):  # which grows meanwhile
+            if isinstance(each, Compose):
+                stack += each.transforms
+            elif not isinstance(each, Resize | Normalize | CenterCrop | ExportableCenterCrop | Grayscale | None):
+                msg = f"Unsupported transform class: {type(each).__module__}.{type(each).__qualname__}"
+                raise ValueError(msg) from None
+    else:
+        transform_to_spec(transform)
 
 
 def is_transformed() -> bool:

@@ -4,11 +4,14 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+
+_TORCHVISION = "https://download.pytorch.org/models"
 
 
 def create_extractor(backbone: str, indices: Sequence[int], pretrained: bool = False) -> Any:
@@ -92,6 +95,20 @@ def pretrained_config(backbone: str) -> Any:
         Any: The notes.
     """
     return timm.get_pretrained_cfg(pretrained_name(backbone))
+
+
+def torch_hub_file(name: str) -> Path | None:
+    """Say where torch hub, and so torchvision, keeps the weights of torchvision's that timm has, too.
+
+    Args:
+        name (str): timm's name of the weights.
+
+    Returns:
+        Path | None: The file, which may not exist; ``None`` for weights of others, which timm converts.
+    """
+    config = timm.get_pretrained_cfg(name)
+    folder, _, file = (config.url if config and config.url else "").rpartition("/")
+    return Path(torch.hub.get_dir(), "checkpoints", file) if folder == _TORCHVISION else None
 
 
 def foreign_weights(weights: Mapping[str, Any], backbone: str) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
-from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ._compat import safe_globals
 from .errors import fail
 from .feature_pyramid import Teacher
 from .torch_model import StfpmExtModel
@@ -36,7 +36,7 @@ def load_content(path: str) -> dict[str, Any]:
     Raises:
         ValueError: If it has no state dict.
     """
-    with anomalib_safe_globals():
+    with safe_globals():
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         msg = "it has no state_dict"

@@ -2,6 +2,7 @@
 
 """The network on either side of STFPM: a timm backbone that returns the features of named levels."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing_extensions import Self
 
 from ._compat import descendants, has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, versions
 from .acceleration.folding import fold
-from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name
+from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name, torch_hub_file
 from .errors import fail
 from .weights import load_tensors, read_file
+
+WEIGHTS_VARIABLE = "STFPM_EXT_TEACHER_WEIGHTS"  # for programs that pass no arguments, as anomalib Studio
 
 # Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
 # system in each layer, and its page faults cost up to half of the time.
@@ -169,9 +172,10 @@ class Teacher(FeaturePyramid):
     Args:
         backbone (str): As in :class:`FeaturePyramid`.
         layers (Sequence[str]): As in :class:`FeaturePyramid`.
-        weights (str | Path | bool): A local ``.pth`` or ``.safetensors`` file with the backbone's weights; ``True``
-            for timm's pretrained ones, from its cache or the internet; ``False`` for none, when a checkpoint that
-            holds the teacher is about to be loaded.
+        weights (str | Path | bool): A local ``.pth`` or ``.safetensors`` file with the backbone's weights. ``True``:
+            such a file that the environment variable ``STFPM_EXT_TEACHER_WEIGHTS`` names; otherwise timm's pretrained
+            ones, from torch hub's cache, timm's own or the internet. ``False``: none, when a checkpoint that holds the
+            teacher is about to be loaded.
 
     Attributes:
         is_random (bool): Whether no weights have been loaded.
@@ -188,7 +192,7 @@ class Teacher(FeaturePyramid):
         if weights is True:
             self._load_pretrained()
         elif weights is not False:
-            self._load_file(weights)
+            self._load_file(weights, "teacher_weights")
         self.freeze()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -210,25 +214,37 @@ class Teacher(FeaturePyramid):
             return super().forward(images, copy)
 
     def _load_pretrained(self) -> None:
+        """Load what the environment names, or timm's weights."""
+        if named := os.environ.get(WEIGHTS_VARIABLE):
+            rank_zero_info(f"teacher_weights: {named!r} is the teacher, as {WEIGHTS_VARIABLE} says.")
+            self._load_file(named, WEIGHTS_VARIABLE)
+            return
         name = pretrained_name(self.backbone)
         if name != self.backbone:
             rank_zero_info(f"teacher_weights: backbone {self.backbone!r} stands for the weights {name!r}.")
+        hub_file = torch_hub_file(name)
+        if hub_file is not None and hub_file.is_file():
+            rank_zero_info(f"teacher_weights: {str(hub_file)!r} has them.")
+            self._load_file(hub_file, "teacher_weights")
+            return
         try:
             indices = self.feature_extractor.feature_info.out_indices
             pretrained = create_extractor(name, indices, pretrained=True)
         except Exception as error:
             msg = (
-                f"teacher_weights: timm's pretrained weights of {name!r} cannot be had "
-                f"({type(error).__name__}). Without internet, give a local .pth or .safetensors file instead."
+                f"teacher_weights: timm's pretrained weights of {name!r} cannot be had ({type(error).__name__}). "
+                f"Without internet, name a local .pth or .safetensors file as teacher_weights or in the environment "
+                f"variable {WEIGHTS_VARIABLE}"
+                + (f", or copy one that was downloaded elsewhere to {str(hub_file)!r}." if hub_file else ".")
             )
             raise RuntimeError(msg) from error
         self.feature_extractor.load_state_dict(pretrained.state_dict())
 
-    def _load_file(self, path: str | Path) -> None:
+    def _load_file(self, path: str | Path, argument: str) -> None:
         if isinstance(path, str | Path):
             path = Path(path).expanduser()
         file_weights = read_file(
-            "teacher_weights",
+            argument,
             path,
             "a file of weights (.pth or .safetensors)",
             partial(load_state_dict, use_ema=False, weights_only=True),
@@ -237,12 +253,12 @@ class Teacher(FeaturePyramid):
         if foreign:
             wanted = f"weights of {self.backbone!r}"
             got = f"those of another network in {str(path)!r}: {foreign[0]} and {len(foreign) - 1} more are not its own"
-            fail(ValueError, "teacher_weights", wanted, got)
+            fail(ValueError, argument, wanted, got)
         names = self.feature_extractor.state_dict()
         load_tensors(
             self.feature_extractor,
             {name: tensor for name in names if (tensor := find_tensor(file_weights, name)) is not None},
-            f"teacher_weights: {str(path)!r} does not fit {self.backbone!r}",
+            f"{argument}: {str(path)!r} does not fit {self.backbone!r}",
         )
 
 

@@ -64,7 +64,8 @@ class StfpmExt(ExactExports, AnomalibModule):
         layers (Sequence[str]): Levels of the pyramid that are compared, by timm's names. Defaults to
             ``("layer1", "layer2", "layer3")``.
         teacher_weights (bool | Path): Local ``.pth`` or ``.safetensors`` file with the teacher's weights. ``True``:
-            timm's pretrained ones, from its cache or the internet. ``False``: none, because a checkpoint brings them.
+            the file that the environment variable ``STFPM_EXT_TEACHER_WEIGHTS`` names; otherwise timm's pretrained
+            ones, from torch hub's cache, timm's own or the internet. ``False``: none, because a checkpoint brings them.
             Defaults to ``True``.
         combine_at (str): Where the levels' maps are multiplied: ``"image"``, at the image's size as in the paper, or
             ``"finest"``, at that of the finest level, after which the product is stretched to the image's, as in the

@@ -201,6 +201,11 @@ class StfpmExtModel(nn.Module):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "compile_mode": None, "_compiled": None}
 
+    @property
+    def backbone(self) -> str:
+        """Timm's name of the network of teacher and student, where ``Stfpm`` has it, too."""
+        return self.teacher_model.backbone
+
     def combine_size(self, features: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
         """Say where the scorer combines the levels.
 

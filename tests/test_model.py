@@ -2,6 +2,8 @@
 
 """Teacher, student and the Lightning module: what they build, what stays frozen, and what they refuse."""
 
+import shutil
+
 import pytest
 import safetensors.torch
 import timm
@@ -221,3 +223,41 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch):
     wanted = r"teacher_weights: timm's pretrained weights of 'resnet18\.tv_in1k' cannot be had"
     with pytest.raises(RuntimeError, match=wanted):
         StfpmExtModel("resnet18", LAYERS)
+
+
+@pytest.fixture
+def no_internet(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.delenv("STFPM_EXT_TEACHER_WEIGHTS", raising=False)
+
+
+@pytest.mark.usefixtures("no_internet")
+def test_file_that_the_environment_names_is_the_teacher(monkeypatch, resnet18_weights, tmp_path):
+    monkeypatch.setenv("STFPM_EXT_TEACHER_WEIGHTS", str(resnet18_weights))
+    wanted = Teacher("resnet18", LAYERS, resnet18_weights).state_dict()
+    torch.testing.assert_close(Teacher("resnet18", LAYERS).state_dict(), wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"STFPM_EXT_TEACHER_WEIGHTS: .* does not fit 'tf_efficientnet_lite0'"):
+        Teacher("tf_efficientnet_lite0", ["blocks.1"])
+    monkeypatch.setenv("STFPM_EXT_TEACHER_WEIGHTS", str(tmp_path / "missing.pth"))
+    with pytest.raises(FileNotFoundError, match=r"STFPM_EXT_TEACHER_WEIGHTS: wanted .* which does not exist"):
+        Teacher("resnet18", LAYERS)
+
+
+@pytest.mark.usefixtures("no_internet")
+def test_weights_in_torch_hubs_cache_are_the_teacher(resnet18_weights, tmp_path):
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    with pytest.raises(RuntimeError, match=rf"teacher_weights: .* STFPM_EXT_TEACHER_WEIGHTS, or copy .* to '{file}'"):
+        Teacher("resnet18", LAYERS)
+    file.parent.mkdir(parents=True)
+    shutil.copy(resnet18_weights, file)
+    wanted = Teacher("resnet18", LAYERS, resnet18_weights).state_dict()
+    torch.testing.assert_close(Teacher("resnet18", LAYERS).state_dict(), wanted, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"resnet18\.a1_in1k.* STFPM_EXT_TEACHER_WEIGHTS\.$"):
+        Teacher("resnet18.a1_in1k", LAYERS)  # timm's own, of which torch hub has none
+
+
+def test_backbone_is_where_stock_stfpm_has_it():
+    assert StfpmExtModel("resnet18", LAYERS, teacher_weights=False).backbone == "resnet18"

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.pre_processing import PreProcessor
-from anomalib.pre_processing.utils.spec import transform_to_spec
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Subset
 from torchvision.transforms.v2 import CenterCrop, Normalize, Resize
 
-from .._compat import is_compiled
+from .._compat import check_fixed, is_compiled
 from ..backbones import pretrained_config
 from ..errors import fail
 from ..images import check_file, image_paths
@@ -203,11 +202,13 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
 def check_transform(pre_processor: Any) -> None:
     """Raise unless checkpoints can hold the transform of the images.
 
-    anomalib 2.7 saves a checkpoint without the transform otherwise, and whoever loads it scores raw pixels.
+    anomalib 2.7 saves a checkpoint without the transform otherwise, and whoever loads it scores raw pixels. Before, it
+    pickled any.
     """
-    if isinstance(pre_processor, PreProcessor) and pre_processor.checkpoint_config().get("transform") is None:
+    config = getattr(pre_processor, "checkpoint_config", None)
+    if isinstance(pre_processor, PreProcessor) and config is not None and config().get("transform") is None:
         try:
-            transform_to_spec(pre_processor.transform)
+            check_fixed(pre_processor.transform)
         except ValueError as error:
             wanted = "transforms that a checkpoint can hold (random ones belong into train_augmentations of the data)"
             fail(ValueError, "pre_processor", wanted, error)

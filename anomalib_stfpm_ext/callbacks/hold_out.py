@@ -76,7 +76,9 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
             dataset = copy.copy(dataset)
             dataset.augmentations = datamodule.test_data.augmentations
     share_of_process = held_out[trainer.global_rank :: trainer.world_size].tolist()
-    return len(held_out), same_loader(loader, Subset(dataset, share_of_process))
+    # Processes are started anew each time that the images are read, which for a handful takes longer than reading them.
+    num_workers = min(loader.num_workers, len(share_of_process) // (loader.batch_size or 1))
+    return len(held_out), same_loader(loader, Subset(dataset, share_of_process), num_workers=num_workers)
 
 
 def check_share(share: float) -> None:
@@ -163,6 +165,7 @@ def same_loader(loader: DataLoader[Any], dataset: Dataset[Any], **settings: Any)
     Returns:
         DataLoader: The loader.
     """
-    same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "in_order"]
-    same += ["multiprocessing_context", "prefetch_factor", "persistent_workers"]
-    return DataLoader(dataset, **{name: getattr(loader, name) for name in same}, **settings)
+    same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "worker_init_fn", "in_order"]
+    if settings.get("num_workers", loader.num_workers):  # those of the workers
+        same += ["timeout", "multiprocessing_context", "prefetch_factor", "persistent_workers"]
+    return DataLoader(dataset, **{**{name: getattr(loader, name) for name in same}, **settings})

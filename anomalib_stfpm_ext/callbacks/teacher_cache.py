@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from anomalib.pre_processing.utils.spec import transform_to_spec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Subset
 
+from .._compat import check_fixed
 from ..errors import fail
 from .fit_resource import FitResource
 
@@ -238,7 +238,7 @@ def _numbers(file: str | Path) -> dict[str, int]:
 def _check_transform(argument: str, transform: Any) -> None:
     """Raise unless a transform is one of those that anomalib saves in checkpoints, which are not random."""
     try:
-        transform_to_spec(transform)
+        check_fixed(transform)
     except ValueError as error:
         got = str(error).removeprefix("Unsupported transform class: ")
         fail(ValueError, "teacher_cache", f"{_WANTED}, so no random {argument}", got)

@@ -442,6 +442,21 @@ def test_loader_of_the_users_own(make_model, dataset, shuffle):
     assert len(model.student_selection.history) == 2
 
 
+@pytest.mark.parametrize(("batch_size", "workers"), [(2, 1), (4, 0)])
+def test_no_more_processes_read_held_out_images_than_batches(make_model, dataset, batch_size, workers):
+    class Workers(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.number = pl_module.student_selection.loader.num_workers
+
+    seen = Workers()
+    settings = {"num_workers": 2, "persistent_workers": True, "timeout": 60, "multiprocessing_context": "fork"}
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=ImageBatch.collate, **settings)
+    model = make_model(held_out_share=0.375)
+    Trainer(max_epochs=1, callbacks=[seen], enable_checkpointing=False, **QUIET).fit(model, loader)
+    assert seen.number == workers  # of 3 images
+    assert len(model.student_selection.history) == 1
+
+
 def test_loaders_that_cannot_be_split(make_model, dataset):
     class Stream(IterableDataset):
         def __iter__(self):
