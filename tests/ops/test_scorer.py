@@ -227,6 +227,18 @@ def test_unknown_instruction_set_is_refused(python):
     assert "STFPM_EXT_ISA is 'mmx', but this machine runs:" in result.stderr
 
 
+@pytest.mark.parametrize("weight", [0, 1e-50, 0.01, 0.37, 1.47, 3, 50, 1e50])
+def test_weighted_products_are_those_of_float64(weight):
+    angles = np.concatenate([[0, 1e-30, 2e-22, 1e-19, np.nan], np.geomspace(1e-12, np.pi, 8187)])
+    teacher = np.stack([np.ones_like(angles), np.zeros_like(angles)])[None, :, None].astype(np.float32)
+    student = np.stack([np.cos(angles), np.sin(angles)])[None, :, None].astype(np.float32)
+    amap, _, levels = anomaly_map([teacher], [student], (1, len(angles)), weights=[weight], level_maps=True)
+    assert len(np.unique(levels)) > 4000
+    with np.errstate(over="ignore"):
+        expected = (levels.astype(np.float64) ** weight).astype(np.float32)
+    np.testing.assert_allclose(amap, expected, rtol=2e-7, atol=1.5e-45)  # the smallest step of float32
+
+
 @pytest.mark.parametrize("combine", ["product", "sum", "maximum"])
 @pytest.mark.parametrize("weights", [None, (0.5, 0, 2)], ids=str)
 @pytest.mark.parametrize("combine_size", [None, (15, 23), (70, 40)], ids=str)
