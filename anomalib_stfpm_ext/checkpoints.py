@@ -48,7 +48,7 @@ def load_content(path: str) -> dict[str, Any]:
 
 
 def name_network(checkpoint: dict[str, Any], model: StfpmExtModel) -> None:
-    """Say in a checkpoint which network it is of, how images are cut into tiles for it, and what it scores in.
+    """Say in a checkpoint which network it is of, how images are cut into tiles for it, and how it scores.
 
     Args:
         checkpoint (dict[str, Any]): The checkpoint, which is changed.
@@ -60,6 +60,7 @@ def name_network(checkpoint: dict[str, Any], model: StfpmExtModel) -> None:
         "combine_at": model.combine_at,
         "tiling": describe_tiler(model.tiler),
         "precision": model.precision,
+        "level_weights": model.level_weights,
     }
 
 

@@ -74,8 +74,8 @@ class StfpmExt(ExactExports, AnomalibModule):
         momentum (float): Momentum of SGD. Defaults to ``0.9``, as in the paper.
         weight_decay (float): Weight decay of SGD. Defaults to ``1e-4``, as in the paper.
         held_out_share (float): Share of the good training images that the student never trains on. After every epoch,
-            and before a validation within one, the mean anomaly map on them is measured; the student for which it is
-            lowest is the one that is validated, saved, tested and kept. Where anomalib's data module splits its
+            and before a validation within one, they say how good the student is; the best one, see ``selection``, is
+            saved, tested and kept. Where anomalib's data module splits its
             validation images from the training images (``val_split_mode=FROM_TRAIN``), those serve instead. ``0``
             switches it off: the last student is kept. Defaults to ``0.2``, as the authors have it.
         lr_schedule (Literal["constant", "cosine"]): ``"cosine"`` lets the learning rate fall to 0 along half a cosine,
@@ -106,11 +106,13 @@ class StfpmExt(ExactExports, AnomalibModule):
             says so. ``"auto"`` takes the fastest whose scores of the held-out images stay those of float32 but for a
             tenth of their standard deviation, tried at the end of the fit. Defaults to ``None``: the checkpoint's, or
             the trainer's (``bf16-mixed`` and its like), or float32.
-        selection (Literal["held_out_map", "synthetic"]): Which student the held-out images choose. ``"held_out_map"``:
-            the one with the lowest mean anomaly map, as in the paper. ``"synthetic"``: the one that best tells those
-            images from copies with synthetic anomalies (noise, pasted patches, scratches, spots; always the same),
-            by the mean image AUROC; of those within 0.005 of the highest, the one with the lowest map. It needs 20
-            held-out images. Defaults to ``"held_out_map"``.
+        selection (Literal["held_out_map", "synthetic"]): What held-out images decide. ``"synthetic"``: the student is
+            kept that best tells them from copies with synthetic anomalies (noise, pasted patches, scratches, spots;
+            always the same), by the mean image AUROC; of those within 0.005 of the highest, the one with the lowest
+            anomaly map of good images. The levels' maps get exponents, by how well each level alone tells them apart.
+            It needs 20 held-out images; with fewer the other rule is in force. ``"held_out_map"``: as in the paper, the
+            student with the lowest mean anomaly map of good images, and all levels count the same. Defaults to
+            ``"synthetic"``.
         image_size (tuple[int, int] | None): Height and width to which images are resized; the normalisation stays the
             teacher's. Defaults to ``None``, the paper's 256x256, or the one size that the backbone takes.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
@@ -158,7 +160,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         teacher_cache_half: bool = False,
         compile_mode: CompileMode | None = None,
         inference_precision: InferencePrecision | None = None,
-        selection: Selection = "held_out_map",
+        selection: Selection = "synthetic",
         image_size: tuple[int, int] | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -367,6 +369,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         bring_back(checkpoint, self.model.teacher_model)
         restore_tiler(self.model, saved, must_match=self._is_fitting)
+        self.model.level_weights = saved.get("level_weights")
         if self.asked_precision is None:
             self.model.precision = saved.get("precision", "float32")
         elif not self._is_fitting:

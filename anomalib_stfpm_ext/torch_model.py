@@ -22,7 +22,7 @@ from .errors import fail
 from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher, is_traced
 from .ops.anomaly_map import has_kernel
 from .ops.arguments import check_options
-from .ops.reference import formula
+from .ops.reference import combine_levels, formula, squared_distance
 from .scorer import anomaly_map
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class StfpmExtModel(nn.Module):
 
     Attributes:
         gain (float): What each level's distances are multiplied by; other than 1 only while ``StfpmExt.to_onnx`` runs.
+        level_weights (tuple[float, ...] | None): The exponent of each level's map in the product, in the order of
+            ``layers``, chosen by ``StfpmExt(selection="synthetic")``; ``None`` for 1 each, as in the paper.
         precision (Precision): What both networks compute in when they score images, where that is of use; see
             :func:`.acceleration.precision.dtype_on`. Training, exports for ONNX and gradients are of float32.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
@@ -69,6 +71,7 @@ class StfpmExtModel(nn.Module):
 
     # Of the class, since models that version 0.1 has exported bring none.
     gain = 1.0
+    level_weights: tuple[float, ...] | None = None
     precision: Precision = "float32"
 
     def __init__(
@@ -107,7 +110,7 @@ class StfpmExtModel(nn.Module):
         """
         inference = not (self.training or torch.is_grad_enabled())
         if teacher is not None:
-            sides = teacher(images), self._features(self.student_model, images)
+            sides = teacher(images), self._student_features(images)
         elif self.compile_mode and inference and not is_traced(images):
             return self._finite(self._forward_compiled(images), images)
         elif (copies := self._inference_copies(images)) is not None:
@@ -123,7 +126,7 @@ class StfpmExtModel(nn.Module):
         if self.precision != "float16" or is_traced(images) or result.pred_score.isfinite().all():
             return result
         _warn_of_overflow()
-        return self._score(self.teacher_features(images), self._features(self.student_model, images), images)
+        return self._score(self.teacher_features(images), self._student_features(images), images)
 
     def _infer(self, images: torch.Tensor, copies: Copies) -> InferenceBatch:
         """Score images with copies of the networks: on a CPU a few at a time, whose features stay in the caches."""
@@ -170,22 +173,73 @@ class StfpmExtModel(nn.Module):
         """Compute both sides by the networks themselves: in training, with gradients or hooks, and for compilers."""
         plain = is_traced(images) or torch.is_grad_enabled()
         with nullcontext() if plain else self._autocast(images):
-            return self.teacher_features(images), self._features(self.student_model, images)
+            return self.teacher_features(images), self._student_features(images)
 
     def _score(
         self, teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], images: torch.Tensor
     ) -> InferenceBatch:
         image_size = (images.shape[-2], images.shape[-1])
-        combine_size = self.combine_size(teacher)
+        combine_size, weights = self.combine_size(teacher), self.level_weights
+        if self._lacks_kernel(images) or self.gain != 1:
+            options = check_options(weights, "product", combine_size, False, list(teacher))
+            amap, score = formula(list(teacher.values()), list(student.values()), image_size, options, self.gain)
+        else:
+            amap, score = anomaly_map(teacher, student, image_size, weights=weights, combine_size=combine_size)
+        return InferenceBatch(pred_score=score.unsqueeze(1), anomaly_map=amap)
+
+    def _lacks_kernel(self, images: torch.Tensor) -> bool:
         lacks_kernel = images.device.type == "cuda" and not has_kernel(images.device)
         if lacks_kernel:
             warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
-        if lacks_kernel or self.gain != 1:
-            options = check_options(None, "product", combine_size, False, list(teacher))
-            amap, score = formula(list(teacher.values()), list(student.values()), image_size, options, self.gain)
-        else:
-            amap, score = anomaly_map(teacher, student, image_size, combine_size=combine_size)
-        return InferenceBatch(pred_score=score.unsqueeze(1), anomaly_map=amap)
+        return lacks_kernel
+
+    def level_distances(
+        self, images: torch.Tensor, teacher: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Compare teacher and student at each level, without a gradient.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            teacher (Callable[[torch.Tensor], dict[str, torch.Tensor]] | None): As in :meth:`forward`.
+
+        Returns:
+            dict[str, torch.Tensor]: Distances ``(B, 1, H_l, W_l)``, float32, by level.
+        """
+        parts = self._parts(images)
+        if len(parts) > 1:
+            of_parts = [self.level_distances(part, teacher) for part in parts]
+            return {name: torch.cat([part[name] for part in of_parts]) for name in of_parts[0]}
+        sides = self.features(images) if teacher is None else (teacher(images), self._student_features(images))
+        distances = self._distances(*sides, images)
+        if self.precision == "float16" and not all(distance.isfinite().all() for distance in distances.values()):
+            _warn_of_overflow()
+            distances = self._distances(self.teacher_features(images), self._student_features(images), images)
+        return distances
+
+    def _distances(
+        self, teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], images: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        if self._lacks_kernel(images):
+            return {name: 0.5 * squared_distance(level, student[name]) for name, level in teacher.items()}
+        return {name: anomaly_map([t], [student[name]], t.shape[-2:])[0] for name, t in teacher.items()}
+
+    def combine(
+        self, distances: dict[str, torch.Tensor], image_size: tuple[int, int], weights: tuple[float, ...] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make anomaly maps of the levels' distances, as :meth:`forward` does of features.
+
+        Args:
+            distances (dict[str, torch.Tensor]): See :meth:`level_distances`.
+            image_size (tuple[int, int]): Height and width of the images.
+            weights (tuple[float, ...] | None): In place of :attr:`level_weights`.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: The anomaly maps ``(B, 1, H, W)``, and the levels' own maps, without
+                weights, where they are combined ``(B, levels, h, w)``.
+        """
+        options = check_options(weights, "product", self.combine_size(distances), True, list(distances))
+        amap, _, levels = combine_levels(list(distances.values()), image_size, options)
+        return amap, levels
 
     def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:
         if self._compiled is None:
@@ -258,6 +312,9 @@ class StfpmExtModel(nn.Module):
             dict[str, torch.Tensor]: Features ``(B, C, H_l, W_l)`` by level.
         """
         return self._features(self.teacher_model, images)
+
+    def _student_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._features(self.student_model, images)
 
     def _features(self, pyramid: FeaturePyramid, images: torch.Tensor) -> dict[str, torch.Tensor]:
         features: dict[str, torch.Tensor] = pyramid(self.tiler.tile(images) if self.tiler else images)

@@ -38,6 +38,7 @@ class LevelMaps:
         maps (np.ndarray): Their distances ``(levels, h, w)`` where they are combined, float32, from 0 to 2.
         product (np.ndarray): The anomaly map ``(H, W)``, float32.
         score (float): The image score, the maximum of the product.
+        weights (list[float]): The exponents of the levels' maps in the product.
     """
 
     names: list[str]
@@ -45,6 +46,7 @@ class LevelMaps:
     maps: np.ndarray
     product: np.ndarray
     score: float
+    weights: list[float]
 
 
 def raw_threshold(model: StfpmExt, pixels: bool = False) -> float | None:
@@ -89,7 +91,10 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
     images = pre_process(model.pre_processor, image[None].to(model.device))
     teacher, student = model.model.features(images)
     size, combine_size = tuple(images.shape[-2:]), model.model.combine_size(teacher)
-    product, score, maps = anomaly_map(teacher, student, size, combine_size=combine_size, level_maps=True)
+    weights = model.model.level_weights
+    product, score, maps = anomaly_map(
+        teacher, student, size, weights=weights, combine_size=combine_size, level_maps=True
+    )
     sizes = {name: (features.shape[-2], features.shape[-1]) for name, features in teacher.items()}
     order = sorted(range(len(sizes)), key=lambda level: -np.prod(list(sizes.values())[level]))
     return LevelMaps(
@@ -98,6 +103,7 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
         maps[0, order].cpu().numpy(),
         product[0, 0].cpu().numpy(),
         float(score),
+        [weights[level] if weights else 1.0 for level in order],
     )
 
 
@@ -128,8 +134,12 @@ def draw_levels(
     end = min(MAX_DISTANCE, 2 * line) if line else max(levels.maps.max(), np.finfo(np.float32).tiny)
     colours = {"cmap": "inferno", "vmin": 0, "vmax": end}
     grades = ["fine", *["middle"] * (count - 2), "coarse"]
-    for grade, name, size, level in zip(grades, levels.names, levels.sizes, levels.maps, strict=False):
-        panels.append((f"{grade}: {name}\n{size[0]} x {size[1]}", level, colours))
+    weighted = any(weight != 1 for weight in levels.weights)
+    for grade, name, size, level, weight in zip(
+        grades, levels.names, levels.sizes, levels.maps, levels.weights, strict=False
+    ):
+        exponent = f", exponent {weight:.2f}" if weighted else ""
+        panels.append((f"{grade}: {name}\n{size[0]} x {size[1]}{exponent}", level, colours))
     panels.append(
         (f"product{root}\nscore{root} {levels.score ** (1 / count):.2g}", levels.product ** (1 / count), colours)
     )

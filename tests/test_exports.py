@@ -90,9 +90,11 @@ def test_onnx(onnx_file, batch, expected):
 
 @pytest.fixture(scope="module")
 def raw_model() -> StfpmExt:
-    """Raw scores, which nothing cuts off at 0 and 1."""
+    """Raw scores, which nothing cuts off at 0 and 1, of levels with exponents."""
     pre_processor = StfpmExt.configure_pre_processor(SIZE)
-    return StfpmExt(BACKBONE, LAYERS, False, seed=0, pre_processor=pre_processor, post_processor=False).eval()
+    model = StfpmExt(BACKBONE, LAYERS, False, seed=0, pre_processor=pre_processor, post_processor=False).eval()
+    model.model.level_weights = (0.45, 1.55)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,7 @@ def faint_model() -> StfpmExt:
     layers, pre_processor = ["blocks.1", "blocks.2", "blocks.3"], StfpmExt.configure_pre_processor((64, 64))
     model = StfpmExt(BACKBONE, layers, False, seed=0, pre_processor=pre_processor).eval()
     model.model.student_model.load_state_dict(model.model.teacher_model.state_dict(), strict=False)
+    model.model.level_weights = (0.5, 1.1, 1.4)
     with torch.no_grad():
         for parameter in model.model.student_model.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))

@@ -40,17 +40,21 @@ def figures(monkeypatch):
 def two_levels(value: float) -> LevelMaps:
     shape = (32, 48)
     maps = np.stack([np.full(shape, value, np.float32)] * 2)
-    return LevelMaps(["layer1", "layer2"], [(8, 12), (4, 6)], maps, maps.prod(0), value**2)
+    return LevelMaps(["layer1", "layer2"], [(8, 12), (4, 6)], maps, maps.prod(0), value**2, [1, 1])
 
 
-def test_levels_are_those_of_the_anomaly_map(model, images):
+@pytest.mark.parametrize("weights", [None, (1.5, 0.5, 1.0)], ids=str)
+def test_levels_are_those_of_the_anomaly_map(model, images, monkeypatch, weights):
+    monkeypatch.setattr(model.model, "level_weights", weights)
     image = read_image(images / "bad" / "0.png", as_tensor=True)
     levels = measure_levels(model, image)
     with torch.inference_mode():
         expected = model.model(model.pre_processor.transform(image[None]))
     np.testing.assert_array_equal(levels.product, expected.anomaly_map[0, 0])
     assert levels.score == expected.pred_score.item() == levels.product.max()
-    np.testing.assert_allclose(levels.maps.prod(0), levels.product, rtol=1e-5)
+    exponents = np.reshape(levels.weights, (3, 1, 1))
+    np.testing.assert_allclose((levels.maps**exponents).prod(0), levels.product, rtol=1e-5)
+    assert sorted(levels.weights) == sorted(weights or [1, 1, 1])
     assert levels.names == ["layer1", "layer2", "layer3"]  # from fine to coarse, whatever the model's order
     assert levels.sizes[0] > levels.sizes[1] > levels.sizes[2]
     coarseness = [np.abs(np.diff(level, n=2)).mean() / level.std() for level in levels.maps]

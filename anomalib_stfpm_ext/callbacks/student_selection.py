@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from anomalib.models.components import AnomalibModule
@@ -12,18 +12,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ..checkpoints import STUDENT_PREFIX
+from ..checkpoints import NETWORK_KEY, STUDENT_PREFIX
 from ..errors import fail
 from .finite_loss import fail_as_diverged, where
 from .fit_resource import FitResource
 from .hold_out import check_share, hold_out
 from .students import Measurement, Students
-from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, mean_auroc
+from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, level_weights, mean_auroc
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
+
+    from ..torch_model import StfpmExtModel
 
 CHECKPOINT_KEY = "stfpm_ext_held_out"
 Selection = Literal["held_out_map", "synthetic"]
@@ -45,7 +47,8 @@ class StudentSelection(FitResource):
         ema_decay (float | None): Decay of an exponential moving average of the student; ``None`` for no average. With
             share 0 and no average there is nothing to select: the last student is kept.
         selection (Selection): ``"held_out_map"`` keeps the student with the lowest mean anomaly map of the held-out
-            images. ``"synthetic"`` keeps the one that finds most of the anomalies that are made into them.
+            images. ``"synthetic"`` keeps the one that finds most of the anomalies that are made into them, and weighs
+            its levels by how many each one finds.
 
     Attributes:
         students (Students | None): Those of this fit or the last one, if there was something to select.
@@ -53,16 +56,14 @@ class StudentSelection(FitResource):
 
     Raises:
         TypeError: If ``share`` or ``ema_decay`` is no number.
-        ValueError: If one of them is out of range, or ``selection`` is none of these or lacks held-out images.
+        ValueError: If one of them is out of range, or ``selection`` is none of these.
     """
 
-    def __init__(self, share: float, seed: int, ema_decay: float | None, selection: Selection = "held_out_map") -> None:
+    def __init__(self, share: float, seed: int, ema_decay: float | None, selection: Selection) -> None:
         check_share(share)
         check_decay(ema_decay)
         if selection not in get_args(Selection):
             fail(ValueError, "selection", f"one of {get_args(Selection)}", repr(selection))
-        if selection == "synthetic" and not share:
-            fail(ValueError, "held_out_share", "a share above 0, since selection is 'synthetic'", share)
         self.share, self.seed, self.ema_decay, self.selection = share, seed, ema_decay, selection
         self.forget()
 
@@ -76,6 +77,7 @@ class StudentSelection(FitResource):
         self._step = 0
         self._resumed: dict[str, Any] | None = None
         self._verdicts: Verdicts | None = None  # from the start of a fit
+        self._network: StfpmExtModel | None = None  # likewise
         self._closing = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,6 +145,8 @@ class StudentSelection(FitResource):
             return
         best = self.students.best_tensors()
         checkpoint["state_dict"].update({STUDENT_PREFIX + name: tensor for name, tensor in best.items()})
+        if self.best:
+            checkpoint[NETWORK_KEY]["level_weights"] = self.best.level_weights
         checkpoint[CHECKPOINT_KEY] = {
             "share": self.share,
             "seed": self._split_seed,
@@ -177,7 +181,7 @@ class StudentSelection(FitResource):
         if resumed:
             self._check_settings(resumed)
         model: Any = pl_module
-        self._verdicts = Verdicts(model.post_processor)
+        self._verdicts, self._network = Verdicts(model.post_processor), model.model
         if self.share or self.ema_decay is not None:
             self._start(trainer, model.model.student_model, resumed)
         if trainer.ckpt_path is not None:
@@ -193,8 +197,8 @@ class StudentSelection(FitResource):
             self._split_seed = resumed["seed"]  # the same images as before
         if self.share:
             self._num_images, self.loader = hold_out(trainer, self.share, self._split_seed)
-            if self.selection == "synthetic" and not self._makes_anomalies:
-                rank_zero_warn(
+            if self.selection == "synthetic" and not self.num_synthetic:
+                rank_zero_info(
                     f"selection: synthetic anomalies need {FEWEST_IMAGES} held-out images to judge by, and there are "
                     f"{self._num_images}. As in the paper, the student with their lowest mean anomaly map is kept."
                 )
@@ -254,7 +258,7 @@ class StudentSelection(FitResource):
                 f"selection: the student of epoch {self.best.epoch} is kept, with an AUROC of "
                 f"{self.best.synthetic_auroc:.3f} on synthetic anomalies and a mean held-out map of "
                 f"{self.best.value:.3g}; the last has {self.history[-1].synthetic_auroc:.3f} and "
-                f"{self.history[-1].value:.3g}."
+                f"{self.history[-1].value:.3g}. {self._describe_levels()}"
             )
         if self._verdicts is not None and not self._verdicts.belong_to(self._kept_step):
             self._validate_kept(trainer, pl_module)
@@ -268,10 +272,21 @@ class StudentSelection(FitResource):
         """Leave the best student in the network, with its threshold and range, and release the images."""
         if self.students:
             self.students.show(best=True)
+        if self._network is not None and self.best:
+            self._network.level_weights = self.best.level_weights
         if self._verdicts is not None:
             self._verdicts.restore(self._kept_step)
         self.loader = None
         self._defective.clear()
+
+    def _describe_levels(self) -> str:
+        """Say what the levels of the student that is kept count."""
+        assert self._network is not None
+        weights = self.best and self.best.level_weights
+        if not weights:
+            return "No level finds them alone, so all count the same."
+        named = zip(self._network.teacher_model.layers, weights, strict=True)
+        return f"Exponents of its levels: {', '.join(f'{name} {weight:.2f}' for name, weight in named)}."
 
     @property
     def _kept_step(self) -> int | None:
@@ -319,56 +334,88 @@ class StudentSelection(FitResource):
             return
         if not self.history or self.history[-1].step != trainer.global_step:
             with self.students.measuring():
-                value, auroc = self._judge(trainer, pl_module)
+                value, auroc, weights = self._judge(trainer, pl_module)
                 if not math.isfinite(value + (auroc or 0)):
                     of_anomalies = "" if auroc is None else f" and an AUROC of synthetic anomalies of {auroc}"
                     got = f"a mean anomaly map of the held-out images of {value}{of_anomalies}"
                     fail_as_diverged(got, where(trainer), self.describe_kept())
-                self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value, auroc))
+                self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value, auroc, weights))
         last = self.history[-1]
+        model: Any = pl_module
+        model.model.level_weights = last.level_weights  # for the validation that may follow
         pl_module.log("held_out_map", last.value, prog_bar=prog_bar, sync_dist=True)
         if last.synthetic_auroc is not None:
             pl_module.log("synthetic_AUROC", last.synthetic_auroc, prog_bar=prog_bar, sync_dist=True)
 
     @property
-    def _makes_anomalies(self) -> bool:
-        return self.selection == "synthetic" and self._num_images >= FEWEST_IMAGES
+    def num_synthetic(self) -> int:
+        """Number of held-out images that are also scored with an anomaly.
+
+        Returns:
+            int: The number; 0 where there are too few to judge by, or the selection is another.
+        """
+        judges = self.selection == "synthetic" and self._num_images >= FEWEST_IMAGES
+        return min(self._num_images, MOST_IMAGES) if judges else 0
 
     @torch.no_grad()
-    def _judge(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None]:
-        """Measure the mean anomaly map of all held-out images, and the AUROC of anomalies that are made into them.
+    def _judge(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None, tuple[float, ...] | None]:
+        """Measure the mean anomaly map of all held-out images, the AUROC of anomalies made into them, and the levels.
 
         Every process has a share of the images, and all get the result.
         """
         teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
-        results: list[tuple[float, float, int, float | None]] = []  # mean map, score, index, score with an anomaly
+        good: list[_Compared] = []
+        defective: list[_Compared] = []
         for images in held_out_images(trainer, module, self.loader):
             # The processes take turns, so that an image has the same number, and anomaly, however many there are.
-            first = len(results)
-            indices = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
-            good = module.model(images, teacher)
-            means, scores = good.anomaly_map.mean((1, 2, 3)).tolist(), good.pred_score.flatten().tolist()
-            with_anomaly: list[float | None] = [None] * len(images)
-            if self._makes_anomalies and (made := [index for index in indices if index < MOST_IMAGES]):
-                for index, image in zip(made, images, strict=False):
-                    if index not in self._defective:
-                        self._defective[index] = add_anomaly(image, index).cpu()
-                defective_images = torch.stack([self._defective[index] for index in made]).to(images.device)
-                # As the good ones are scored, though their features are not kept: the cache is for those of the data.
-                defective = module.model(defective_images, teacher and module.model.teacher_features)
-                with_anomaly[: len(made)] = defective.pred_score.flatten().tolist()
-            results += zip(means, scores, indices, with_anomaly, strict=True)
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, results)
-            results = sorted((result for share in shares for result in share), key=lambda result: result[2])
-        value = math.fsum(mean for mean, *_ in results) / len(results)
-        made_into = {index: score for *_, index, score in results if score is not None}
-        if not made_into:
-            return value, None
-        good_scores = torch.tensor([score for _, score, *_ in results], dtype=torch.float64)
-        scores_made = torch.tensor(list(made_into.values()), dtype=torch.float64)
-        return value, mean_auroc(good_scores, scores_made, torch.tensor(list(made_into)) % len(KINDS))
+            first = sum([len(batch.numbers) for batch in good])
+            numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
+            good.append(_Compared.compare(module, numbers, images, teacher))
+            if made := [number for number in numbers if number < self.num_synthetic]:
+                for number, image in zip(made, images, strict=False):
+                    if number not in self._defective:
+                        self._defective[number] = add_anomaly(image, number).cpu()
+                with_anomaly = torch.stack([self._defective[number] for number in made]).to(images.device)
+                defective.append(_Compared.compare(module, made, with_anomaly, teacher))
+
+        def score(batches: list[_Compared], weights: tuple[float, ...] | None = None) -> torch.Tensor:
+            """Return each image's number, mean map, and the maxima of its map and of each level, of all processes."""
+            rows = [row for batch in batches for row in batch.score(module, weights)]
+            if trainer.world_size > 1:
+                shares: list[Any] = [None] * trainer.world_size
+                torch.distributed.all_gather_object(shares, rows)
+                rows = [row for share in shares for row in share]
+            return torch.tensor(sorted(rows), dtype=torch.float64)
+
+        of_good = score(good)
+        value = math.fsum(of_good[:, 1].tolist()) / len(of_good)
+        if not self.num_synthetic:
+            return value, None, None
+        of_defective = score(defective)
+        kinds = of_defective[:, 0].long() % len(KINDS)
+        weights = level_weights(of_good[:, 3:], of_defective[:, 3:], kinds)
+        if weights is not None:
+            of_good, of_defective = score(good, weights), score(defective, weights)
+        return value, mean_auroc(of_good[:, 2], of_defective[:, 2], kinds), weights
+
+
+class _Compared(NamedTuple):
+    """Images in which teacher and student have been compared."""
+
+    numbers: list[int]
+    image_size: tuple[int, int]
+    distances: dict[str, torch.Tensor]
+
+    @classmethod
+    def compare(cls, module: Any, numbers: list[int], images: torch.Tensor, teacher: Any) -> "_Compared":
+        return cls(numbers, (images.shape[-2], images.shape[-1]), module.model.level_distances(images, teacher))
+
+    def score(self, module: Any, weights: tuple[float, ...] | None) -> list[list[float]]:
+        """Return each image's number, mean map, and the maxima of its map and of each level."""
+        amap, levels = module.model.combine(self.distances, self.image_size, weights)
+        columns = [torch.tensor(self.numbers)[:, None], amap.mean((2, 3)).cpu(), amap.amax((2, 3)).cpu()]
+        rows: list[list[float]] = torch.cat([*columns, levels.amax((2, 3)).cpu()], 1).tolist()
+        return rows
 
 
 def held_out_images(

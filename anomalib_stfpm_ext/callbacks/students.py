@@ -15,12 +15,21 @@ from .synthetic import TIE
 
 
 class Measurement(NamedTuple):
-    """Mean anomaly map of the held-out images under one student, and how well it finds synthetic anomalies in them."""
+    """What the held-out images say of one student.
+
+    Attributes:
+        epoch (int): Its epoch.
+        step (int): Its training steps.
+        value (float): Their mean anomaly map, in which all levels count the same.
+        synthetic_auroc (float | None): How well that map finds synthetic anomalies in them.
+        level_weights (tuple[float, ...] | None): How much each level should count; ``None`` for all the same.
+    """
 
     epoch: int
     step: int
     value: float
     synthetic_auroc: float | None = None
+    level_weights: tuple[float, ...] | None = None
 
 
 def best_of(history: Iterable[Measurement]) -> Measurement | None:

@@ -49,6 +49,26 @@ def mean_auroc(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor)
     return float(torch.stack([ranks[kinds == kind].mean() for kind in sorted(set(kinds.tolist()))]).mean())
 
 
+def level_weights(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor) -> tuple[float, ...] | None:
+    """Weigh levels by how well each one alone tells good images from those with defects.
+
+    A level's weight is the square of 2 AUROC - 1: 0 for one that guesses. While that is small, it grows as the square
+    of the distance between good and defective in standard deviations, and so as the inverse of the noise's variance:
+    what independent measurements of one quantity are weighted with.
+
+    Args:
+        good (torch.Tensor): Scores ``(N, levels)`` of good images.
+        defective (torch.Tensor): Scores ``(M, levels)`` of images with defects.
+        kinds (torch.Tensor): Kind ``(M,)`` of each of them.
+
+    Returns:
+        tuple[float, ...] | None: Weights with a mean of 1, in hundredths, or ``None`` where all levels guess.
+    """
+    aurocs = [mean_auroc(level, made, kinds) for level, made in zip(good.T, defective.T, strict=True)]
+    raw = [max(2 * auroc - 1, 0) ** 2 for auroc in aurocs]
+    return tuple(round(len(raw) * weight / sum(raw), 2) for weight in raw) if any(raw) else None
+
+
 def _perlin(image: torch.Tensor) -> torch.Tensor:
     """Blend noise into patches, as DRAEM does (Zavrtanik et al., ICCV 2021)."""
     size = image.shape[1:]

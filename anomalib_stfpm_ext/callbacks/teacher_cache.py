@@ -92,6 +92,7 @@ class TeacherCache(FitResource):
             held_out = model.student_selection.loader
             _check_transform("pre_processor", getattr(model.pre_processor, "transform", None))
             self._num_images = sum(map(_count_images, [trainer.train_dataloader, *([held_out] if held_out else [])]))
+            self._num_images += model.student_selection.num_synthetic  # of all processes, which share them
             self._num_processes = trainer.num_devices  # those on this machine
         except ValueError as error:
             self._give_up(error)

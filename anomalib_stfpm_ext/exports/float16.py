@@ -48,7 +48,8 @@ def float16_range(model: StfpmExtModel, post_processor: PostProcessor | None) ->
         yield
         return
     before = {name: statistic.clone() for name, statistic in post_processor.named_buffers(recurse=False)}
-    model.gain = largest ** (-1 / len(model.teacher_model.layers))  # a score is the product of all levels' distances
+    # A score is the product of all levels' distances.
+    model.gain = largest ** (-1 / sum(model.level_weights or (1,) * len(model.teacher_model.layers)))
     try:
         for statistic in post_processor.buffers(recurse=False):
             statistic.div_(largest)

@@ -21,9 +21,14 @@ def formula(
 
     ``gain`` multiplies all distances.
     """
+    distances = [0.5 * squared_distance(t, s, gain) for t, s in zip(teacher, student, strict=True)]
+    return combine_levels(distances, image_size, options)
+
+
+def combine_levels(distances: Tensors, image_size: Sequence[int], options: Options) -> tuple[torch.Tensor, ...]:
+    """State the part of the formula that follows on the levels' distances, each ``(B, 1, H_l, W_l)``."""
     level_maps, weighted = [], []
-    for t, s, weight in zip(teacher, student, options.weights, strict=True):
-        distance = 0.5 * squared_distance(t, s, gain)
+    for distance, weight in zip(distances, options.weights, strict=True):
         level_map = F.interpolate(distance, options.combine_size or image_size, mode="bilinear", align_corners=False)
         level_maps.append(level_map)
         if weight != 1:

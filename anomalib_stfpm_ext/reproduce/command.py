@@ -114,6 +114,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_function_arguments(reproduce, as_positional=False, skip={"model"})
     of_runs: set[str | int] = {"seed", "pre_processor", "post_processor", "evaluator", "visualizer"}
     parser.add_class_arguments(StfpmExt, as_positional=False, skip=of_runs)
+    parser.set_defaults(selection="held_out_map")  # as in the paper
     return parser
 
 

@@ -86,7 +86,8 @@ class Plan:
             return
         # Of arguments that have come since, the results are of the defaults.
         defaults = {name: option.default for name, option in inspect.signature(StfpmExt).parameters.items()}
-        before = {"precision": "32-true", **defaults, **json.loads(file.read_text())}
+        defaults |= {"precision": "32-true", "selection": "held_out_map"}
+        before = {**defaults, **json.loads(file.read_text())}
         for name, value in settings.items():
             if before[name] != value:
                 wanted = f"{before[name]}, as for the results in {self.output} (or another output)"
@@ -194,6 +195,8 @@ class ReproduceJob(Job):
                 "defective": int((labels == 1).sum()),
             },
             "chosen_epoch": chosen and chosen.epoch,
+            "synthetic_AUROC": chosen and chosen.synthetic_auroc,
+            "level_weights": chosen and chosen.level_weights,
             "resumed": resumed,
             "seconds": {"fit": trained - start, "evaluation": time.perf_counter() - trained},
             "device": _name(engine.trainer.strategy.root_device),

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
-from anomalib_stfpm_ext.callbacks.synthetic import KINDS, add_anomaly, mean_auroc
+from anomalib_stfpm_ext.callbacks.synthetic import KINDS, add_anomaly, level_weights, mean_auroc
 
 
 @pytest.mark.parametrize("index", range(2 * len(KINDS)))
@@ -48,6 +48,17 @@ def test_mean_auroc_is_that_of_the_kinds():
     ]
     result = mean_auroc(torch.tensor(good), torch.tensor(defective), torch.tensor(kinds))
     assert result == pytest.approx(np.mean(expected))
+
+
+def test_levels_weigh_as_much_as_they_find():
+    kinds = torch.tensor([0, 1, 0, 1])
+    good = torch.tensor([[1, 1, 2, 2], [2, 2, 2, 2], [3, 3, 2, 2], [4, 4, 2, 2]])
+    defective = torch.tensor([[5, 3.5, 2, 1], [5, 3.5, 2, 1], [5, 3.5, 2, 1], [5, 3.5, 2, 1]])
+    aurocs = torch.tensor([1, 0.75, 0.5, 0])  # of the levels
+    expected = (2 * aurocs - 1).clamp(min=0) ** 2
+    weights = level_weights(good.double(), defective.double(), kinds)
+    assert weights == pytest.approx((4 * expected / expected.sum()).tolist())
+    assert level_weights(good[:, 2:].double(), defective[:, 2:].double(), kinds) is None
 
 
 @pytest.mark.parametrize(
