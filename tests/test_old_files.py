@@ -53,5 +53,5 @@ def test_training_goes_on(old_file, images, tmp_path):
     engine = Engine(default_root_dir=tmp_path, max_epochs=2, **quiet)
     engine.fit(model, datamodule=folder(images), ckpt_path=old_file("model.ckpt"))
     first, second = model.student_selection.history
-    assert tuple(first) == (0, 2, pytest.approx(0.37389083206653595), None)
+    assert tuple(first) == (0, 2, pytest.approx(0.37389083206653595), None, None)
     assert (second.epoch, second.step) == (1, 4)

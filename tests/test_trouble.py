@@ -464,6 +464,17 @@ def test_what_is_trained_on_is_told_once(make_model, fit, told):
     assert not any(message.startswith("validation") for message in told)
 
 
+@pytest.mark.parametrize(("steps", "is_told"), [(4, True), (700, False), (2000, False), (25_000, True)])
+def test_steps_far_from_the_papers_are_told(make_model, fit, told, steps, is_told):
+    class End(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    fit(make_model(), epochs=None, max_steps=steps, callbacks=[End()])
+    expected = f"max_steps: this training has {steps:,} steps, the paper's some 700, whatever the number of images."
+    assert is_told == any(message.startswith(expected) for message in told)
+
+
 def test_a_validation_of_good_images_only_is_told(make_model, images, tmp_path, told):
     data = folder(images, abnormal_dir=None, test_split_mode="from_dir", val_split_mode="same_as_test")
     Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(make_model(), datamodule=data)

@@ -2,6 +2,7 @@
 
 """Checks at the start of a fit, a validation, a test or a prediction, before any work is lost."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..backbones import pretrained_config
 from ..errors import fail
 from ..images import check_file, image_paths
 from ..transforms import parts, shows_all
+
+PAPER_STEPS = 700  # at most: 100 epochs of MVTec AD's categories, but for the images that are held out
 
 
 class Checks(Callback):
@@ -143,6 +146,12 @@ def tell_counts(trainer: Trainer, model: Any) -> None:
                 "anomalib then takes the highest score, or one below all."
             )
     rank_zero_info(f"Images: {', '.join(counts)}.")
+    steps = trainer.estimated_stepping_batches
+    if math.isfinite(steps) and not PAPER_STEPS / 3 <= steps <= 3 * PAPER_STEPS:
+        rank_zero_info(
+            f"max_steps: this training has {steps:,.0f} steps, the paper's some {PAPER_STEPS}, whatever the number of "
+            f"images. max_steps={PAPER_STEPS} in place of max_epochs trains for as long."
+        )
 
 
 def _dataset(loader: Any) -> Any:

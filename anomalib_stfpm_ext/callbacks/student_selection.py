@@ -179,6 +179,9 @@ class StudentSelection(FitResource):
         """
         resumed, self._resumed = self._resumed, None
         if resumed:
+            if self.share and "selection" not in resumed and self.selection != "held_out_map":
+                self.selection = "held_out_map"
+                rank_zero_info("selection: the checkpoint is of a version that knew held_out_map alone, which goes on.")
             self._check_settings(resumed)
         model: Any = pl_module
         self._verdicts, self._network = Verdicts(model.post_processor), model.model
@@ -364,12 +367,15 @@ class StudentSelection(FitResource):
         Every process has a share of the images, and all get the result.
         """
         teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
+        if not self.num_synthetic:
+            return self._mean_map(trainer, module, teacher), None, None
         good: list[_Compared] = []
         defective: list[_Compared] = []
+        first = 0
         for images in held_out_images(trainer, module, self.loader):
             # The processes take turns, so that an image has the same number, and anomaly, however many there are.
-            first = sum([len(batch.numbers) for batch in good])
             numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
+            first += len(images)
             good.append(_Compared.compare(module, numbers, images, teacher))
             if made := [number for number in numbers if number < self.num_synthetic]:
                 for number, image in zip(made, images, strict=False):
@@ -380,23 +386,37 @@ class StudentSelection(FitResource):
 
         def score(batches: list[_Compared], weights: tuple[float, ...] | None = None) -> torch.Tensor:
             """Return each image's number, mean map, and the maxima of its map and of each level, of all processes."""
-            rows = [row for batch in batches for row in batch.score(module, weights)]
-            if trainer.world_size > 1:
-                shares: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(shares, rows)
-                rows = [row for share in shares for row in share]
+            rows = _gather(trainer, [row for batch in batches for row in batch.score(module, weights)])
             return torch.tensor(sorted(rows), dtype=torch.float64)
 
-        of_good = score(good)
+        of_good, of_defective = score(good), score(defective)
         value = math.fsum(of_good[:, 1].tolist()) / len(of_good)
-        if not self.num_synthetic:
-            return value, None, None
-        of_defective = score(defective)
         kinds = of_defective[:, 0].long() % len(KINDS)
         weights = level_weights(of_good[:, 3:], of_defective[:, 3:], kinds)
         if weights is not None:
             of_good, of_defective = score(good, weights), score(defective, weights)
         return value, mean_auroc(of_good[:, 2], of_defective[:, 2], kinds), weights
+
+    def _mean_map(self, trainer: Trainer, module: Any, teacher: Any) -> float:
+        """Measure the mean anomaly map of all held-out images, in which all levels count the same."""
+        weights, module.model.level_weights = module.model.level_weights, None
+        try:
+            maps = (
+                module.model(images, teacher).anomaly_map for images in held_out_images(trainer, module, self.loader)
+            )
+            means = _gather(trainer, [mean for amap in maps for mean in amap.mean((1, 2, 3)).tolist()])
+        finally:
+            module.model.level_weights = weights
+        return math.fsum(means) / len(means)
+
+
+def _gather(trainer: Trainer, rows: list[Any]) -> list[Any]:
+    """Put the rows of all processes together."""
+    if trainer.world_size == 1:
+        return rows
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, rows)
+    return [row for share in shares for row in share]
 
 
 class _Compared(NamedTuple):
