@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 import torchvision
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.models import load_state_dict
 from torch import nn
 
@@ -124,6 +125,11 @@ def write_authors_student(
             f"got {student.backbone!r} with {student.layers}"
         )
         raise ValueError(msg)
+    if model.model.level_weights is not None:
+        rank_zero_warn(
+            f"{argument}: the exponents of its levels, {model.model.level_weights}, are unknown to the authors' code, "
+            "whose scores will be others. A training with selection='held_out_map' has none."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = torchvision.models.resnet18(weights=None)

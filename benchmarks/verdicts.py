@@ -216,7 +216,7 @@ def evaluate(
 def tabulate(runs: list[dict[str, Any]]) -> str:
     """Make the table: mean and standard deviation over the seeds."""
     rows = [
-        {**{name: run[name] for name in ("data", "backbone", "variant", "seed")}, "rule": rule, **figures}
+        {**{name: run[name] for name in ("data", "backbone", "epochs", "variant", "seed")}, "rule": rule, **figures}
         for run in runs
         for rule, figures in run["rules"].items()
         if rule in RULES[run["variant"]]
@@ -224,10 +224,10 @@ def tabulate(runs: list[dict[str, Any]]) -> str:
     columns = [*METRICS, "swing"]
     frame = pd.DataFrame(rows)
     frame[columns] = frame[columns].astype(float)
-    groups = frame.groupby(["data", "backbone", "variant", "rule"])
+    groups = frame.groupby(["data", "backbone", "epochs", "variant", "rule"])
     mean, spread = groups[columns].mean(), groups[columns].std()
-    lines = [f"| data | teacher | model | rule | seeds | {' | '.join([*METRICS.values(), 'swing'])} |"]
-    lines.append("|---" * (len(columns) + 5) + "|")
+    lines = [f"| data | teacher | epochs | model | rule | seeds | {' | '.join([*METRICS.values(), 'swing'])} |"]
+    lines.append("|---" * (len(columns) + 6) + "|")
     for key, values in mean.iterrows():
         texts = [
             "-"
@@ -287,7 +287,7 @@ def main() -> None:
     for seed in arguments.seeds if arguments.data else ():
         for variant in arguments.variants:
             data = open_data(arguments.data)
-            name = f"{data.name}-{arguments.backbone}-{variant.replace(' ', '_')}-{seed}"
+            name = f"{data.name}-{arguments.backbone}-{variant.replace(' ', '_')}-{arguments.epochs}-{seed}"
             file = arguments.output / f"{name}.json"
             if file.exists():
                 continue

@@ -146,6 +146,9 @@ def test_authors_to_ours_and_back(authors_file, student, resnet18_weights, tmp_p
     write_authors_student(model, tmp_path / "again.pth.tar")
     again = torch.load(tmp_path / "again.pth.tar", weights_only=True)["state_dict"]
     assert all(torch.equal(again[name], back[name]) for name in back)
+    model.model.level_weights = (0.5, 1.0, 1.5)
+    with pytest.warns(UserWarning, match=r"model: the exponents of its levels, \(0\.5, 1\.0, 1\.5\), are"):
+        write_authors_student(model, tmp_path / "weighted.pth.tar")
 
 
 @pytest.mark.parametrize(
