@@ -3,10 +3,14 @@
 """Files that several processes may want: written in full or not at all, and locked where the file system can."""
 
 import errno
-import fcntl
 import os
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What network drives answer that know no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -34,11 +38,13 @@ def lock(file: IO[Any], path: Path, holder: str) -> str | None:
         holder (str): Who has the lock otherwise, for the error.
 
     Returns:
-        str | None: Why there is no lock, where the file system knows none.
+        str | None: Why there is no lock, where the file system or the operating system knows none.
 
     Raises:
         BlockingIOError: If another process has locked it.
     """
+    if fcntl is None:
+        return f"{path}: this operating system knows no such locks, so nothing keeps a second process away"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -143,7 +143,7 @@ def anomaly_map(
         out = [np.empty(shape, dtype) for shape in shapes]
     else:
         check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
-    num_threads = torch.get_num_threads() if torch is not None else _cpu_count()
+    num_threads = torch.get_num_threads() if torch is not None else cpu_count()
     call = native.scorer_call(teacher_levels, student_levels, out, options, _ARRAYS)
     native.anomaly_map(call, num_threads)
     return tuple(out)
@@ -177,5 +177,6 @@ def _strides(array: "NumpyArray") -> tuple[int, ...]:
 _ARRAYS = native.Access(_address, _strides)
 
 
-def _cpu_count() -> int:
+def cpu_count() -> int:
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

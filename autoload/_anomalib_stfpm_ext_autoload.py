@@ -92,9 +92,10 @@ def _find_installed_package() -> "ModuleSpec | None":
     The source tree has no compiled module, and whoever works in a clone after ``pip install .`` would get it instead
     of what they installed. Of an editable install, there is no ``__init__.py`` beside this file, and so no loader.
     """
+    import os  # which Python has imported by now
     from importlib.machinery import PathFinder
 
-    spec = PathFinder.find_spec(_PACKAGE, [__file__.rpartition("/")[0]])
+    spec = PathFinder.find_spec(_PACKAGE, [os.path.dirname(__file__)])  # noqa: PTH120  # pathlib takes time
     return spec if spec is not None and spec.loader is not None else None
 
 

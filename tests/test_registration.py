@@ -92,3 +92,7 @@ def test_installed_package_wins_over_a_source_tree(python, tmp_path):
     (tmp_path / "anomalib_stfpm_ext").mkdir()
     (tmp_path / "anomalib_stfpm_ext" / "__init__.py").write_text("raise SystemExit('the source tree was imported')")
     python("from anomalib_stfpm_ext import anomaly_map")
+
+
+def test_module_that_windows_lacks_is_not_needed(python):
+    python("import sys; sys.modules['fcntl'] = None; import anomalib_stfpm_ext.files")

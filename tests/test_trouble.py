@@ -450,6 +450,12 @@ def test_file_systems_without_locks_are_a_warning(tmp_path, monkeypatch, capsys,
     assert "the file system knows no locks" in capsys.readouterr().err
 
 
+def test_operating_system_without_such_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_stfpm_ext.files.fcntl", None)
+    with (tmp_path / ".lock").open("w") as file:
+        assert "this operating system knows no such locks" in lock(file, tmp_path, "another process")
+
+
 def test_two_reproductions_into_one_folder(tmp_path):
     with (tmp_path / ".lock").open("w") as first, (tmp_path / ".lock").open("w") as second:
         assert lock(first, tmp_path, "another process") is None

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -210,12 +211,16 @@ def _hash(image: torch.Tensor) -> bytes:
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = torch.Size(shape).numel()
     with tempfile.NamedTemporaryFile(prefix="stfpm_ext_") as file:  # goes by name at once, in full with its mapping
-        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # or else a full disk is a crash, later
+        if hasattr(os, "posix_fallocate"):  # or else a full disk is a crash, later
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        file.truncate(size * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
 
 def _free_memory() -> int:
-    """Return the memory that is available, in bytes. Every Linux has /proc, and the package is for Linux only."""
+    """Return the memory that is available, in bytes; Linux says."""
+    if not Path("/proc/meminfo").exists():
+        fail(ValueError, "teacher_cache", "an operating system that says how much memory is free", sys.platform)
     available = 1024 * _numbers("/proc/meminfo")["MemAvailable"]
     return int(min(available, *map(_free_in_container, _CONTAINER_LIMITS)))
 

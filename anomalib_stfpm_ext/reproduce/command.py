@@ -3,7 +3,6 @@
 """The command: it checks the arguments, and makes the runs that are still to be done, in parallel on several GPUs."""
 
 import inspect
-import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ..errors import fail
 from ..files import lock
 from ..lightning_model import StfpmExt
+from ..scorer import cpu_count
 from .datasets import find_categories
 from .runs import Plan, ReproduceJobGenerator
 from .tables import write_tables
@@ -58,12 +58,12 @@ def reproduce(
     """
     num_gpus = torch.cuda.device_count()
     devices = max(num_gpus, 1) if devices is None else devices
-    if not 1 <= devices <= (num_gpus or len(os.sched_getaffinity(0))):
+    if not 1 <= devices <= (num_gpus or cpu_count()):
         fail(ValueError, "devices", f"1 to {num_gpus} GPUs" if num_gpus else "1 to the number of cores", devices)
     if max_epochs < 1:
         fail(ValueError, "max_epochs", "at least 1", max_epochs)
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)) // devices)
+        workers = min(8, cpu_count() // devices)
     if workers < 0:
         fail(ValueError, "workers", "at least 0", workers)
     if isinstance(seeds, str):  # version 0.1 had 0,1,2 without brackets

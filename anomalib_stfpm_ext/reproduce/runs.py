@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -157,7 +158,8 @@ class ReproduceJob(Job):
         Returns:
             dict[str, Any]: The results.
         """
-        if task_id is not None:  # a process of its own, which must not outlive the one that started it
+        # In parallel a run is a process of its own, which must not outlive the one that started it.
+        if task_id is not None and sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         start = time.perf_counter()
         folder = self.plan.run_folder(self.category, self.seed)

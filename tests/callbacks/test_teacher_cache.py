@@ -464,3 +464,10 @@ def test_two_processes(images, tmp_path):
         assert cached["losses"] == plain["losses"]
         assert cached["history"] == plain["history"]
         assert cached["images"] < plain["images"]
+
+
+def test_operating_system_that_does_not_say_what_is_free(monkeypatch):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) != "/proc/meminfo" and exists(path))
+    with pytest.raises(ValueError, match="teacher_cache: wanted an operating system that says how much memory is free"):
+        teacher_cache._free_memory()
