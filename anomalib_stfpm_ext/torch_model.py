@@ -88,7 +88,7 @@ class StfpmExtModel(nn.Module):
         if compile_mode not in (None, *get_args(CompileMode)):
             fail(ValueError, "compile_mode", f"None or one of {get_args(CompileMode)}", repr(compile_mode))
         self.combine_at, self.compile_mode = combine_at, compile_mode
-        self._compiled: Callable[[torch.Tensor], InferenceBatch] | None = None
+        self._compiled: Callable[[torch.Tensor], Sides] | None = None
         self.tiler: Tiler | None = None
         self.teacher_model = Teacher(backbone, layers, teacher_weights)
         self.student_model = Student(backbone, layers)
@@ -242,14 +242,12 @@ class StfpmExtModel(nn.Module):
         return amap, levels
 
     def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:
+        """Score images by compiled networks; the scorer, whose weights change with the student, needs none."""
         if self._compiled is None:
-            self._compiled = torch.compile(self.forward, mode=self.compile_mode)
+            self._compiled = torch.compile(self._run_networks, mode=self.compile_mode)
         with self._autocast(images):
-            result = self._compiled(
-                images.as_subclass(torch.Tensor)
-            )  # torch compiles no methods of torchvision's Image
-        # The next replay of a CUDA graph writes where the results of this one are.
-        return InferenceBatch(pred_score=result.pred_score.clone(), anomaly_map=result.anomaly_map.clone())
+            sides = self._compiled(images.as_subclass(torch.Tensor))  # torch compiles no methods of torchvision's Image
+        return self._score(*sides, images)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

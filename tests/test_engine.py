@@ -16,7 +16,7 @@ from anomalib.engine import Engine
 from helpers import folder
 from torch._dynamo.utils import counters
 
-from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 
 
 def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Engine, StfpmExt, list[dict[str, float]]]:
@@ -73,6 +73,25 @@ def test_compiled_inference(images, tmp_path):
     model.train().model(torch.rand(2, 3, 64, 64))
     assert model.to_torch(tmp_path).exists()
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_changing_weights_and_sizes_do_not_end_compiled_inference():
+    """After some versions of a function, torch goes on without a compiler."""
+    options = {"backbone": "test_resnet", "layers": ["layer1", "layer2"], "teacher_weights": False}
+    model = StfpmExtModel(**options, compile_mode="default").eval()
+    eager = StfpmExtModel(**options).eval()
+    eager.load_state_dict(model.state_dict())
+    before = None
+    with torch.inference_mode():
+        for step in range(12):
+            images = torch.rand(1, 3, 64, 64)
+            model.level_weights = eager.level_weights = (1 + step / 100, 1 - step / 100)
+            torch.testing.assert_close(model(images).anomaly_map, eager(images).anomaly_map, rtol=1e-4, atol=1e-7)
+            before = before or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == before
+        for size in range(32, 32 + 12 * 16, 16):
+            images = torch.rand(1, 3, size, 2 * size)
+            torch.testing.assert_close(model(images).anomaly_map, eager(images).anomaly_map, rtol=1e-4, atol=1e-7)
 
 
 def anomalib(*arguments: str, cwd: Path) -> str:
