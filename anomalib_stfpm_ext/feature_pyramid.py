@@ -109,8 +109,9 @@ class FeaturePyramid(nn.Module):
 
         Returns:
             InferenceCopy | None: The copy, of float32 where the network cannot compute in that dtype, which the log
-                says. ``None`` with gradients, forward-mode ones too, autocast, hooks within the network or modules of
-                it in training mode, and where :func:`is_traced`, since compilers fold by themselves.
+                says. ``None`` for images or weights with NaN, with gradients, forward-mode ones too, autocast, hooks
+                within the network or modules of it in training mode, and where :func:`is_traced`, since compilers fold
+                by themselves.
         """
         if is_traced(images) or is_transformed():
             return None
@@ -125,11 +126,16 @@ class FeaturePyramid(nn.Module):
             return None
         if images.dtype != tensors[0].dtype:  # for torch to refuse
             return None
+        # oneDNN's fused activations make 0 of NaN, and so a plausible score.
+        if images.device.type == "cpu" and images.sum(dtype=torch.float32).isnan():
+            return None
         if images.dtype != torch.float32:  # double precision stays what it is
             dtype = images.dtype
         state = [dtype, *map(id, modules), *map(id, tensors), *map(torch.Tensor.data_ptr, tensors)]
         if not self._folded or state != self._folded_state or versions(tensors) != self._versions:
             if any(map(torch.is_inference, tensors)):  # whose changes are not counted
+                return None
+            if any(tensor.isnan().any() for tensor in tensors):
                 return None
             sample = self._parts(images)[0]
             network = fold(self.feature_extractor, sample, dtype)

@@ -259,5 +259,17 @@ def test_weights_in_torch_hubs_cache_are_the_teacher(resnet18_weights, tmp_path)
         Teacher("resnet18.a1_in1k", LAYERS)  # timm's own, of which torch hub has none
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_image_with_nan_has_no_score(precision):
+    model = StfpmExtModel("resnet18", LAYERS, teacher_weights=False).eval()
+    model.precision = precision
+    images = torch.rand(3, 3, 64, 64)
+    images[1, 0, 30, 30] = torch.nan
+    with torch.no_grad():
+        result, distances = model(images), model.level_distances(images)
+    assert result.pred_score.flatten().isnan().tolist() == [False, True, False]
+    assert all(level.flatten(1).isnan().any(1).tolist() == [False, True, False] for level in distances.values())
+
+
 def test_backbone_is_where_stock_stfpm_has_it():
     assert StfpmExtModel("resnet18", LAYERS, teacher_weights=False).backbone == "resnet18"

@@ -22,7 +22,7 @@ from ..errors import fail
 from ..images import check_file, image_paths
 from ..transforms import parts, shows_all
 
-PAPER_STEPS = 700  # at most: 100 epochs of MVTec AD's categories, but for the images that are held out
+PAPER_STEPS = 700  # about: 100 epochs of a category of MVTec AD, of whose images a fifth is held out
 
 
 class Checks(Callback):

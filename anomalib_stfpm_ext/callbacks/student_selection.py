@@ -224,9 +224,13 @@ class StudentSelection(FitResource):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the averaged student follow where a step was made."""
-        del pl_module, outputs, batch, batch_idx
-        if self.students and trainer.global_step > self._step:
-            self.students.update_average(trainer.global_step)
+        del outputs, batch, batch_idx
+        if trainer.global_step > self._step:
+            if self.students:
+                self.students.update_average(trainer.global_step)
+            if not self.share:  # nothing will weigh this student's levels, and what did was another's
+                model: Any = pl_module
+                model.model.level_weights = None
         self._step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,7 +21,7 @@ class Measurement(NamedTuple):
         epoch (int): Its epoch.
         step (int): Its training steps.
         value (float): Their mean anomaly map, in which all levels count the same.
-        synthetic_auroc (float | None): How well that map finds synthetic anomalies in them.
+        synthetic_auroc (float | None): How well the map with weighted levels finds synthetic anomalies in them.
         level_weights (tuple[float, ...] | None): How much each level should count; ``None`` for all the same.
     """
 

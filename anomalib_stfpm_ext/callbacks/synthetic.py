@@ -43,8 +43,10 @@ def mean_auroc(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor)
         kinds (torch.Tensor): Kind ``(M,)`` of each of them, by its index.
 
     Returns:
-        float: Mean image AUROC, from 0 to 1.
+        float: Mean image AUROC, from 0 to 1; NaN where a score is.
     """
+    if good.isnan().any() or defective.isnan().any():
+        return math.nan
     ranks = torch.heaviside(defective[:, None] - good, torch.tensor(0.5, dtype=good.dtype)).mean(1)
     return float(torch.stack([ranks[kinds == kind].mean() for kind in sorted(set(kinds.tolist()))]).mean())
 
@@ -62,11 +64,11 @@ def level_weights(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tens
         kinds (torch.Tensor): Kind ``(M,)`` of each of them.
 
     Returns:
-        tuple[float, ...] | None: Weights with a mean of 1, in hundredths, or ``None`` where all levels guess.
+        tuple[float, ...] | None: Weights with a mean of 1, in hundredths, or ``None`` if all guess or a score is NaN.
     """
     aurocs = [mean_auroc(level, made, kinds) for level, made in zip(good.T, defective.T, strict=True)]
     raw = [max(2 * auroc - 1, 0) ** 2 for auroc in aurocs]
-    return tuple(round(len(raw) * weight / sum(raw), 2) for weight in raw) if any(raw) else None
+    return tuple(round(len(raw) * weight / sum(raw), 2) for weight in raw) if sum(raw) > 0 else None
 
 
 def _perlin(image: torch.Tensor) -> torch.Tensor:

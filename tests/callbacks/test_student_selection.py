@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 from anomalib_stfpm_ext.callbacks import finite_loss, student_selection
 from anomalib_stfpm_ext.callbacks.hold_out import split
-from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, STUDENT_PREFIX
+from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, NETWORK_KEY, STUDENT_PREFIX
 from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
 from anomalib_stfpm_ext.callbacks.synthetic import add_anomaly
 
@@ -291,6 +291,21 @@ def synthetic_auroc(model: StfpmExt, images: Path, indices) -> float:
         scores = [[model.eval().model(image).pred_score.item() for image in side] for side in (good, defective)]
     aurocs = [roc_auc_score([0] * len(good) + [1], [*scores[0], score]) for score in scores[1]]
     return float(np.mean(aurocs))  # four images, so one of each kind
+
+
+def test_anomalies_without_a_score_stop_the_training(make_model, fit, monkeypatch):
+    monkeypatch.setattr(student_selection, "FEWEST_IMAGES", 4)
+    monkeypatch.setattr(student_selection, "add_anomaly", lambda image, _: image * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"held-out images of \d.* and an AUROC of synthetic anomalies of nan"):
+        fit(make_model(held_out_share=0.5), epochs=1, limit_val_batches=0)
+
+
+def test_last_student_has_no_weights_of_an_earlier_one(make_model, fit):
+    model = make_model(held_out_share=0)
+    model.model.level_weights = (0.5,) * len(model.model.teacher_model.layers)
+    engine = fit(model, epochs=1)
+    assert model.model.level_weights is None
+    assert content(engine)[NETWORK_KEY]["level_weights"] is None
 
 
 def test_too_few_images_for_synthetic_anomalies(make_model, fit, caplog):

@@ -50,6 +50,14 @@ def test_mean_auroc_is_that_of_the_kinds():
     assert result == pytest.approx(np.mean(expected))
 
 
+def test_nan_among_scores_is_no_score():
+    kinds, good = torch.tensor([0, 1]), torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    broken = torch.tensor([[torch.nan], [3.0]], dtype=torch.float64)
+    for pair in ((good, broken), (broken, good)):
+        assert np.isnan(mean_auroc(*[side[:, 0] for side in pair], kinds))
+        assert level_weights(*pair, kinds) is None
+
+
 def test_levels_weigh_as_much_as_they_find():
     kinds = torch.tensor([0, 1, 0, 1])
     good = torch.tensor([[1, 1, 2, 2], [2, 2, 2, 2], [3, 3, 2, 2], [4, 4, 2, 2]])
