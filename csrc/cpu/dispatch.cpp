@@ -4,26 +4,79 @@
 
 #include "dispatch.h"
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <initializer_list>
 #include <stdexcept>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define STFPM_EXT_X86_64
+#ifdef _MSC_VER
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
 
 namespace stfpm_ext {
 
 // The best first; CMakeLists.txt compiles the same ones.
-#if defined(__x86_64__)
+#ifdef STFPM_EXT_X86_64
 extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
 static const Kernels* const kBuilt[] = {&kernels_avx512, &kernels_avx2, &kernels_baseline};
 
-static bool runs_here(const Kernels* kernels) {
-  __builtin_cpu_init();
-  if (kernels == &kernels_avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+// CPUID itself is asked, since __builtin_cpu_supports says no to everything in what zig builds.
+struct Registers {
+  uint32_t eax, ebx, ecx, edx;
+};
+
+static Registers cpuid(uint32_t leaf) {
+  Registers registers{};  // stay 0 where the processor does not know the leaf
+#ifdef _MSC_VER
+  int values[4];
+  __cpuid(values, 0);
+  if (leaf <= static_cast<uint32_t>(values[0])) {
+    __cpuidex(values, static_cast<int>(leaf), 0);
+    std::memcpy(&registers, values, sizeof registers);
+  }
+#else
+  __get_cpuid_count(leaf, 0, &registers.eax, &registers.ebx, &registers.ecx, &registers.edx);
+#endif
+  return registers;
+}
+
+/// Which registers the operating system saves when it switches threads (XCR0), a bit for each kind.
+static uint64_t saved_registers() {
+#ifdef _MSC_VER
+  return _xgetbv(0);
+#else
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low | uint64_t{high} << 32;
+#endif
+}
+
+static bool has_all(uint64_t bits, std::initializer_list<int> positions) {
+  for (const int position : positions)
+    if ((bits >> position & 1) == 0) return false;
   return true;
 }
+
+static bool runs_here(const Kernels* kernels) {
+  if (kernels == &kernels_baseline) return true;
+  const Registers first = cpuid(1), seventh = cpuid(7);
+  const bool has_xgetbv = has_all(first.ecx, {27});
+  const uint64_t saved = has_xgetbv ? saved_registers() : 0;
+  const bool runs_avx2 = has_all(saved, {1, 2})           // XMM, YMM
+                         && has_all(first.ecx, {12, 28})  // FMA, AVX
+                         && has_all(seventh.ebx, {5});    // AVX2
+  if (kernels == &kernels_avx2) return runs_avx2;
+  return runs_avx2 && has_all(saved, {5, 6, 7})      // mask registers, upper halves of ZMM, ZMM16 to 31
+         && has_all(seventh.ebx, {16, 17, 30, 31});  // AVX-512 F, DQ, BW, VL
+}
 #else
-#if defined(__aarch64__)
+#if defined(__aarch64__) || defined(_M_ARM64)
 extern const Kernels kernels_neon;
 static const Kernels* const kBuilt[] = {&kernels_neon};
 #else

@@ -2,29 +2,34 @@
 
 #include "team.h"
 
-#include <dlfcn.h>
-#include <pthread.h>
-
 #include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#ifndef _WIN32
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
 namespace stfpm_ext {
 namespace {
-
-std::atomic<bool> is_forked_child{false};
-
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
 /// What compilers turn `#pragma omp parallel` into; part of the ABI of libgomp, and of libomp and libiomp5.
 using OpenMpParallel = void (*)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
 
+#if defined(_WIN32) || defined(__SANITIZE_THREAD__)
+// Windows has no place where all libraries' symbols are. ThreadSanitizer does not see how libgomp synchronises its
+// threads, and would call it a race.
+OpenMpParallel torch_parallel() { return nullptr; }
+#else
+std::atomic<bool> is_forked_child{false};
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+
 /// torch makes the symbols of its OpenMP runtime global (libtorch_global_deps), so that this needs no link to it.
 OpenMpParallel torch_parallel() {
-#ifdef __SANITIZE_THREAD__
-  return nullptr;  // ThreadSanitizer does not see how libgomp synchronises its threads, and would call it a race
-#endif
+  if (is_forked_child) return nullptr;                // where the runtime's threads do not exist
   static std::atomic<OpenMpParallel> found{nullptr};  // looked for again until torch has been imported
   OpenMpParallel parallel = found.load(std::memory_order_relaxed);
   if (parallel == nullptr) {
@@ -33,6 +38,7 @@ OpenMpParallel torch_parallel() {
   }
   return parallel;
 }
+#endif
 
 void run_threads(int num_threads, const std::function<void()>& body) {
   std::vector<std::thread> others;
@@ -50,7 +56,7 @@ void run_threads(int num_threads, const std::function<void()>& body) {
 
 void run_team(int num_threads, const std::function<void()>& body) {
   if (num_threads <= 1) return body();
-  const OpenMpParallel parallel = is_forked_child ? nullptr : torch_parallel();
+  const OpenMpParallel parallel = torch_parallel();
   if (parallel == nullptr) return run_threads(num_threads, body);
   parallel([](void* data) { (*static_cast<const std::function<void()>*>(data))(); },
            const_cast<std::function<void()>*>(&body), static_cast<unsigned>(num_threads), 0);

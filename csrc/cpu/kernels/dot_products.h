@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <cstring>
+
 #include "../../distance_math.h"
 #include "../kernels.h"
 #include "elements.h"
@@ -53,6 +55,7 @@ constexpr int64_t kLanes = 16;
 /// Adds up the lanes by halves. In registers, which compilers do not find for a loop: through memory, each half waits
 /// for the last one's stores.
 inline double sum_of_lanes(const double (&lanes)[kLanes]) {
+#ifdef __GNUC__
   typedef double Two __attribute__((vector_size(16)));
   typedef double Four __attribute__((vector_size(32)));
   typedef double Eight __attribute__((vector_size(64)));
@@ -66,6 +69,13 @@ inline double sum_of_lanes(const double (&lanes)[kLanes]) {
   std::memcpy(two, four, sizeof two);
   two[0] += two[1];
   return two[0][0] + two[0][1];
+#else
+  double sums[kLanes];
+  std::memcpy(sums, lanes, sizeof sums);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+#endif
 }
 
 /// One position, whose channels lie `stride` apart (1: channels_last). The lanes are a fixed number of partial sums,

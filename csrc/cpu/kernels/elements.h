@@ -109,9 +109,13 @@ bool rows_adjacent(const Level& level, const AnyFeatures& features) {
 /// Asks for positions [begin, end) of some channels, to be in the second-level cache when their turn comes.
 template <int kChannels, class T>
 void prefetch_channels(const T* features, int64_t stride, int64_t begin, int64_t end) {
+#ifdef __GNUC__
   constexpr int64_t kPerLine = 64 / sizeof(T);
   for (int channel = 0; channel < kChannels; ++channel)
     for (int64_t i = begin; i < end; i += kPerLine) __builtin_prefetch(features + channel * stride + i, 0, 2);
+#else
+  (void)features, (void)stride, (void)begin, (void)end;
+#endif
 }
 
 template <int kCount>

@@ -5,9 +5,13 @@
 #pragma once
 
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include "../../distance_math.h"
 #include "../kernels.h"
+#include "dot_products.h"
 
 namespace stfpm_ext {
 namespace {
@@ -27,23 +31,33 @@ inline void stretch_row(const double* row, const Columns& columns, int64_t width
   stretch_pixels(row, columns, 0, width, stretched);
 }
 
-#if defined(__AVX2__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__AVX2__) && defined(__GNUC__)
+#ifdef __AVX512F__
+constexpr int kFloatLanes = 16;
+#else
+constexpr int kFloatLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(sizeof(float) * kFloatLanes)));
+typedef int32_t Indices __attribute__((vector_size(sizeof(int32_t) * kFloatLanes)));
+
+inline Floats shuffle(Floats values, Indices indices) {
+#ifdef __AVX512F__
+  // All lanes; without a mask, GCC warns of its own header.
+  return _mm512_maskz_permutexvar_ps(0xFFFF, reinterpret_cast<__m512i>(indices), values);
+#else
+  return _mm256_permutevar8x32_ps(values, reinterpret_cast<__m256i>(indices));
+#endif
+}
+
 /// As above, a vector of pixels at a time: where they are no more than the distances they lie between, two loads and
 /// two shuffles fetch those, at a fifth of the time of gather instructions.
 inline void stretch_row(const float* row, const Columns& columns, int64_t width, float* stretched) {
-#ifdef __AVX512F__
-  constexpr int kLanes = 16;
-#else
-  constexpr int kLanes = 8;
-#endif
-  static_assert(kLanes <= kRowPadding);
-  typedef float Floats __attribute__((vector_size(sizeof(float) * kLanes)));
-  typedef int32_t Indices __attribute__((vector_size(sizeof(int32_t) * kLanes)));
+  static_assert(kFloatLanes <= kRowPadding);
   int64_t x = 0;
-  for (; x + kLanes <= width; x += kLanes) {
+  for (; x + kFloatLanes <= width; x += kFloatLanes) {
     const int32_t first = columns.low[x];
-    if (columns.high[x] == first || columns.high[x + kLanes - 1] > first + kLanes) {
-      stretch_pixels(row, columns, x, x + kLanes, stretched);
+    if (columns.high[x] == first || columns.high[x + kFloatLanes - 1] > first + kFloatLanes) {
+      stretch_pixels(row, columns, x, x + kFloatLanes, stretched);
       continue;
     }
     Floats from_first, from_second, low_weight, high_weight;
@@ -54,8 +68,8 @@ inline void stretch_row(const float* row, const Columns& columns, int64_t width,
     std::memcpy(&high, columns.high + x, sizeof high);
     std::memcpy(&low_weight, static_cast<const float*>(columns.low_weight) + x, sizeof low_weight);
     std::memcpy(&high_weight, static_cast<const float*>(columns.high_weight) + x, sizeof high_weight);
-    const Floats pixels = low_weight * __builtin_shuffle(from_first, low - first) +
-                          high_weight * __builtin_shuffle(from_second, high - (first + 1));
+    const Floats pixels =
+        low_weight * shuffle(from_first, low - first) + high_weight * shuffle(from_second, high - (first + 1));
     std::memcpy(stretched + x, &pixels, sizeof pixels);
   }
   stretch_pixels(row, columns, x, width, stretched);
@@ -100,6 +114,38 @@ void add_level_to_row(const Real* low, const Real* high, Real low_weight, Real h
   }
 }
 
+/// The maximum of pixels, or NaN where one is NaN. In lanes, since not all compilers make vectors of a maximum.
+template <class Real>
+class Maximum {
+ public:
+  void add_row(const Real* row, int64_t width) {
+    int64_t x = 0;
+    for (; x + kLanes <= width; x += kLanes) {
+#pragma omp simd
+      for (int64_t lane = 0; lane < kLanes; ++lane) add(row[x + lane], lane);
+    }
+    for (; x < width; ++x) add(row[x], 0);
+  }
+
+  double value() const {
+    double maximum = 0.0;  // distances are not negative
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (nan_[lane] != 0) return static_cast<double>(NAN);
+      if (maximum_[lane] > maximum) maximum = maximum_[lane];
+    }
+    return maximum;
+  }
+
+ private:
+  void add(Real pixel, int64_t lane) {
+    maximum_[lane] = pixel > maximum_[lane] ? pixel : maximum_[lane];
+    nan_[lane] = pixel != pixel ? Real(1) : nan_[lane];
+  }
+
+  Real maximum_[kLanes] = {};
+  Real nan_[kLanes] = {};
+};
+
 template <class Real>
 double map_rows(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
                 int64_t begin, int64_t end, Real* scratch) {
@@ -116,8 +162,7 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
     }
   }
 
-  Real maximum = -1;  // distances are not negative
-  bool has_nan = false;
+  Maximum<Real> maximum;
   for (int64_t y = begin; y < end; ++y) {
     Real* const row = map + y * width;
     for (int index = 0; index < params.num_levels; ++index) {
@@ -140,15 +185,9 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
       else
         add_level(WeightedProduct{level.weight});
     }
-    int row_has_nan = 0;
-#pragma omp simd reduction(max : maximum) reduction(| : row_has_nan)
-    for (int64_t x = 0; x < width; ++x) {
-      maximum = row[x] > maximum ? row[x] : maximum;
-      row_has_nan |= row[x] != row[x];
-    }
-    has_nan |= row_has_nan != 0;
+    maximum.add_row(row, width);
   }
-  return has_nan ? static_cast<double>(NAN) : static_cast<double>(maximum);
+  return maximum.value();
 }
 
 }  // namespace
