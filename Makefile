@@ -10,7 +10,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*
 FUZZ_SECONDS ?= 600
 TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py) tests/acceleration/test_pooling.py
 
-.PHONY: test demo fuzz sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: test demo fuzz sanitize sanitize-address sanitize-thread lint format wheels try-wheels clean
 
 # Threads that wait by spinning, as OpenMP's do, would take the processor from the other process.
 test: .venv/test.stamp
@@ -70,6 +70,18 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# Without .venv, since torch is not needed. ARGUMENTS are those of release/wheels.py.
+wheels: build/wheels.stamp
+	build/wheels/bin/python release/wheels.py $(ARGUMENTS)
+
+try-wheels: build/wheels.stamp
+	build/wheels/bin/python release/try_wheels.py $(ARGUMENTS)
+
+build/wheels.stamp: release/requirements.txt
+	test -x build/wheels/bin/python || $(PYTHON) -m venv build/wheels
+	build/wheels/bin/pip install --requirement release/requirements.txt
+	touch $@
 
 clean:
 	rm -rf .venv build dist $(OUTPUT)
