@@ -143,10 +143,28 @@ def anomaly_map(
         out = [np.empty(shape, dtype) for shape in shapes]
     else:
         check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
-    num_threads = torch.get_num_threads() if torch is not None else cpu_count()
-    call = native.scorer_call(teacher_levels, student_levels, out, options, _ARRAYS)
-    native.anomaly_map(call, num_threads)
+    if native.is_built:
+        call = native.scorer_call(teacher_levels, student_levels, out, options, _ARRAYS)
+        native.anomaly_map(call, torch.get_num_threads() if torch is not None else cpu_count())
+    else:
+        _score_by_torch(teacher_levels, student_levels, image_size, options, out)
     return tuple(out)
+
+
+def _score_by_torch(
+    teacher: "Sequence[NumpyArray]", student: "Sequence[NumpyArray]", image_size: Sequence[int], options: Any, out: Any
+) -> None:
+    import torch
+
+    from .ops.reference import formula
+
+    def tensors(levels: "Sequence[NumpyArray]") -> "list[torch.Tensor]":
+        # Copies, since tensors know neither arrays that are read-only nor negative strides.
+        dtype = getattr(torch, dtype_name(levels[0].dtype))
+        return [torch.from_numpy(level.copy().view(f"i{level.itemsize}")).view(dtype) for level in levels]
+
+    for memory, result in zip(out, formula(tensors(teacher), tensors(student), image_size, options), strict=True):
+        np.copyto(memory, result.numpy())
 
 
 def _as_numpy(level: Any) -> Any:

@@ -37,7 +37,7 @@ def try_here(wheel: Path, version: str, sdist: Path) -> dict[str, Any]:
         run(find_python(version), "-m", "venv", f"{folder}/venv")
         pip = (f"{folder}/venv/bin/pip", "--disable-pip-version-check", "install", "--no-deps")
         run(*pip, "numpy", wheel)
-        run(*pip, "--target", f"{folder}/gcc", "-C", "cmake.define.STFPM_EXT_CUDA=OFF", sdist)
+        run(*pip, "--target", f"{folder}/gcc", sdist, env=os.environ | {"SKBUILD_CMAKE_DEFINE": "STFPM_EXT_CUDA=OFF"})
         python, ours, theirs = f"{folder}/venv/bin/python", [], []
         for _ in range(ROUNDS):
             ours.append(score(python))

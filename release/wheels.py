@@ -53,7 +53,7 @@ def environment(version: str, architecture: str, cuda: bool) -> dict[str, str]:
         "SOURCE_DATE_EPOCH": os.environ.get("SOURCE_DATE_EPOCH") or run(*commit).strip(),
     }
     if cuda:
-        return environ
+        return environ | {"SKBUILD_WHEEL_BUILD_TAG": "1cuda"}  # for which pip prefers these wheels to the others
     zig = distribution("ziglang").locate_file("ziglang/zig")
     target = f"{architecture}-linux-gnu"
     return environ | {
@@ -75,12 +75,12 @@ def run(*command: Any, **options: Any) -> str:
     return result.stdout
 
 
-def build_wheel(python: Path, sdist: Path, output: Path, environ: dict[str, str], *options: str) -> None:
+def build_wheel(python: Path, sdist: Path, output: Path, environ: dict[str, str]) -> None:
     """Build one wheel from the sdist, and let auditwheel say which systems it runs on."""
     with tempfile.TemporaryDirectory() as folder:
         run(python, "-m", "venv", f"{folder}/venv")
         pip = (f"{folder}/venv/bin/pip", "wheel", "--no-deps", "--wheel-dir", folder)
-        run(*pip, *options, sdist, env=environ)
+        run(*pip, sdist, env=environ)
         (wheel,) = Path(folder).glob("*.whl")
         run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", output, wheel, env=environ)
 
@@ -94,10 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder, which is emptied before")
     arguments = parser.parse_args()
     if arguments.cuda:
-        # The build tag makes pip prefer these wheels to the others.
-        arguments.architectures, options = [platform.machine()], ["-C", "wheel.build-tag=1cuda"]
-    else:
-        options = []
+        arguments.architectures = [platform.machine()]
     output = arguments.output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     here = environment("3", platform.machine(), arguments.cuda)
@@ -109,7 +106,7 @@ def main() -> None:
             print(f"No wheels for Python {version}, of which there is no interpreter here.")
             continue
         for architecture in arguments.architectures:
-            build_wheel(python, sdist, output, environment(version, architecture, arguments.cuda), *options)
+            build_wheel(python, sdist, output, environment(version, architecture, arguments.cuda))
     sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in sorted(output.iterdir())]
     (output / "SHA256SUMS").write_text("\n".join(sums) + "\n")
     print("\n".join(sums))

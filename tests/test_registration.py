@@ -81,7 +81,7 @@ def test_interpreter_start_loads_one_small_module(python):
 
 @pytest.mark.slow
 def test_failure_is_one_warning(python):
-    break_it = "import sys; sys.modules['anomalib_stfpm_ext._core'] = None\n"
+    break_it = "import sys; sys.modules['anomalib_stfpm_ext.loss'] = None\n"
     result = python(break_it + "import torch, anomalib.models\nassert 'stfpm' in anomalib.models.list_models()")
     assert result.stderr.count("StfpmExt is not registered with anomalib: ModuleNotFoundError: import of") == 1
     result = python(break_it + "import anomalib.models", "-W", "error::RuntimeWarning")

@@ -27,7 +27,8 @@ def can_run_concurrently(device: torch.device, count: int) -> bool:
     Returns:
         bool: Whether it does.
     """
-    return device.type == "cpu" and platform.machine() == "x86_64" and 2 <= torch.get_num_threads() <= count
+    is_measured = native.is_built and device.type == "cpu" and platform.machine() == "x86_64"
+    return is_measured and 2 <= torch.get_num_threads() <= count
 
 
 def run_concurrently(computations: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -68,7 +68,8 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.MaxPool2d]:
         bool: Whether :class:`InferenceMaxPool2d` can replace it.
     """
     return (
-        type(module) is nn.MaxPool2d
+        native.is_built
+        and type(module) is nn.MaxPool2d
         and all(isinstance(number, int) for number in (module.kernel_size, module.stride, module.padding))
         and module.dilation == 1
         and not module.return_indices

@@ -83,7 +83,9 @@ def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
 
 def has_kernel(device: torch.device) -> bool:
     """Whether this build has kernels of its own for a device; ROCm, which torch calls cuda too, has none."""
-    return device.type == "cpu" or (device.type == "cuda" and bool(native.cuda_architectures) and not torch.version.hip)
+    if device.type == "cpu":
+        return native.is_built
+    return device.type == "cuda" and bool(native.cuda_architectures) and not torch.version.hip
 
 
 def check_kernel(device: torch.device) -> None:
@@ -189,7 +191,7 @@ def _options(
 
 
 # Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.
-for _device in ("CPU", "CUDA"):
+for _device in ("CPU", "CUDA") if native.is_built else ():
     _LIBRARY.impl("anomaly_map", _fused, _device)
     _LIBRARY.impl("anomaly_map_out", _fused_out, _device)
 _LIBRARY.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices without a kernel of their own

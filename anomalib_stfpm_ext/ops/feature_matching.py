@@ -103,7 +103,7 @@ def _refuse(*_: Any) -> NoReturn:
     raise NotImplementedError(msg)
 
 
-for _device in ("CPU", "CUDA"):
+for _device in ("CPU", "CUDA") if native.is_built else ():
     _LIBRARY.impl("feature_matching_loss", _fused, _device)
     _LIBRARY.impl("feature_matching_loss_backward", _fused_backward, _device)
 torch.library.register_fake("anomalib_stfpm_ext::feature_matching_loss", _allocate)

@@ -2,22 +2,37 @@
 
 """The compiled module, of which this is the only caller: arrays become addresses, shapes and strides.
 
-Neither NumPy nor torch is imported: their arrays differ in ``Access`` alone.
+Neither NumPy nor torch is imported: their arrays differ in ``Access`` alone. Where the package was installed without
+the compiled module, ``is_built`` is False, torch operations serve, and nothing else of this module may be called.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from importlib import import_module, util
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .. import _core
 from .arguments import Options, dtype_name
+
+if TYPE_CHECKING:
+    from .. import _core
 
 Result = TypeVar("Result")
 
-# What the build is, and what it picks on this machine.
-__version__, compiler = _core.__version__, _core.compiler
-built_isas, available_isas, selected_isa = _core.built_isas, _core.available_isas, _core.selected_isa
-cuda_architectures = _core.cuda_architectures  # such as "80, 90, 90 (PTX)"; empty where there is no CUDA scorer
-most_partial_sums = _core.most_partial_sums  # room for so many float64 is what the loss needs on CUDA
+is_built = util.find_spec("anomalib_stfpm_ext._core") is not None
+if is_built:
+    _core = import_module("anomalib_stfpm_ext._core")
+    # What the build is, and what it picks on this machine.
+    __version__, compiler = _core.__version__, _core.compiler
+    built_isas, available_isas, selected_isa = _core.built_isas, _core.available_isas, _core.selected_isa
+    cuda_architectures = _core.cuda_architectures  # such as "80, 90, 90 (PTX)"; empty where there is no CUDA scorer
+    most_partial_sums = _core.most_partial_sums  # room for so many float64 is what the loss needs on CUDA
+else:
+    cuda_architectures = ""
+    warnings.warn(
+        "anomalib_stfpm_ext was installed without its compiled scorer: torch operations do its work, several times "
+        "slower (docs/install.md).",
+        stacklevel=2,
+    )
 
 
 class Access(NamedTuple):
