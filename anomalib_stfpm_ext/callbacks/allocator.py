@@ -5,8 +5,10 @@
 import ctypes
 import os
 import platform
+import threading
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .fit_resource import FitResource
 
@@ -19,7 +21,8 @@ class AllocatorTuning(FitResource):
 
     Activations are larger than what glibc keeps by itself. Without this callback each step would take its memory from
     the system anew, page fault by page fault. The limits are the whole process's. Whoever sets some in the environment
-    (``MALLOC_...``, ``GLIBC_TUNABLES``) gets those.
+    (``MALLOC_...``, ``GLIBC_TUNABLES``) gets those. ``MALLOC_ARENA_MAX=1`` is welcome: threads other than the main one
+    have arenas of their own, which keep nothing as large, whatever the limits are.
 
     Attributes:
         active (bool): Whether memory is kept now.
@@ -30,10 +33,17 @@ class AllocatorTuning(FitResource):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep memory from now on."""
         del pl_module
-        chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+        has_arenas = os.environ.get("MALLOC_ARENA_MAX") != "1"
+        names = os.environ.keys() - {"MALLOC_ARENA_MAX"}
+        chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in names)
         if trainer.strategy.root_device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not chosen:
             self.active = True
             limit_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1})
+            if has_arenas and threading.current_thread() is not threading.main_thread():
+                rank_zero_info(
+                    "This fit does not run on the main thread: with MALLOC_ARENA_MAX=1 in the environment of the "
+                    "process, its steps would take about a tenth less time."
+                )
 
     def release(self) -> None:
         """Return to the limits that glibc comes to by itself where large memory is freed."""

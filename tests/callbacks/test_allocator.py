@@ -4,6 +4,7 @@
 
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,29 @@ def test_users_own_settings_stay(images, tmp_path, monkeypatch):
     look = Look()
     fit(look, images, tmp_path)
     assert look.faults > before / 2
+
+
+IN_A_THREAD = """
+import sys, threading
+from pathlib import Path
+from test_allocator import Look, fit, page_faults
+
+before = page_faults()
+look = Look()
+thread = threading.Thread(target=fit, args=(look, *map(Path, sys.argv[1:])))
+thread.start()
+thread.join()
+print("page faults", look.faults / before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arenas", ["", "1"])
+def test_off_the_main_thread(images, tmp_path, python, arenas):
+    folders = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}", "MALLOC_ARENA_MAX": arenas}
+    script = IN_A_THREAD.replace("sys.argv[1:]", repr([str(images), str(tmp_path)]))
+    result = python(script, **folders)
+    faults = float(result.stdout.split("page faults")[1])
+    if arenas:
+        assert faults < 1 / 3
+    assert (result.stderr + result.stdout).count("with MALLOC_ARENA_MAX=1 in the environment") == (not arenas)
