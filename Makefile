@@ -10,11 +10,22 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*
 FUZZ_SECONDS ?= 600
 TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py) tests/acceleration/test_pooling.py
 
-.PHONY: test demo fuzz sanitize sanitize-address sanitize-thread lint format wheels try-wheels clean
+.PHONY: test oldest demo fuzz sanitize sanitize-address sanitize-thread lint format wheels try-wheels clean
 
 # Threads that wait by spinning, as OpenMP's do, would take the processor from the other process.
 test: .venv/test.stamp
 	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# The lower bounds of pyproject.toml, with the oldest Python: all tests that are quick.
+OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
+oldest: build/oldest.stamp
+	OMP_WAIT_POLICY=passive build/oldest/bin/pytest --numprocesses 2 --dist loadfile -m "not slow and not multiprocess"
+
+build/oldest.stamp: $(SOURCES)
+	test -x build/oldest/bin/python || $(OLDEST_PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install --upgrade pip uv
+	build/oldest/bin/uv pip install --python build/oldest/bin/python --resolution lowest-direct ".[test]"
+	touch $@
 
 fuzz: .venv/test.stamp
 	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/ops/test_properties.py
