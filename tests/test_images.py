@@ -73,7 +73,10 @@ def test_deep_images_have_the_values_of_those_of_8_bits(name, tmp_path):
 
 
 def write_12_bits(path: Path) -> None:
-    tifffile.imwrite(path, DEEP >> 4, bitspersample=12)
+    try:
+        tifffile.imwrite(path, DEEP >> 4, bitspersample=12)
+    except NotImplementedError:
+        pytest.skip("this imagecodecs writes no 12 bits")
 
 
 @pytest.mark.parametrize(

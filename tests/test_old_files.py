@@ -13,6 +13,7 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from helpers import folder
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
 
@@ -39,6 +40,11 @@ def test_checkpoint(old_file):
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])
 def test_predictor(old_file, name, monkeypatch):
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # anomalib's, for exports
+    if name == "model.pt":  # which holds torchvision's transforms
+        try:
+            resize(PICTURE, [4, 4], interpolation="bilinear")
+        except ValueError:
+            pytest.skip("this torchvision is older than the file's, and does not know modes by name")
     predict = Predictor(old_file(name), "cpu")
     assert predict(PICTURE).pred_score.item() == pytest.approx(SCORE, abs=1e-4)
     assert predict.threshold == pytest.approx(0.5)

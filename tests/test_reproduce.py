@@ -402,8 +402,9 @@ def test_rescaled_pro_is_the_authors(maps_and_masks):
 
 
 def test_rescaled_pro_by_hand():
-    maps = torch.tensor([[[4.0, 3.0, 2.0, 1.0, 0.0]]])
-    masks = torch.tensor([[[1, 0, 1, 0, 0]]])
+    # Two rows, since older versions of OpenCV turn a single one into a column.
+    maps = torch.tensor([[[4.0, 3.0, 2.0, 1.0, 0.0]] * 2])
+    masks = torch.tensor([[[1, 0, 1, 0, 0]] * 2])
     # Thresholds 4, 3, 2, 1 give false positives 0, 0, 1/3, 1/3 and overlaps 0, 1/2, 1/2, 1.
     assert rescaled_pro(maps, masks, fpr_limit=0.5, steps=4) == pytest.approx(0.5)
     assert rescaled_pro(maps, masks, fpr_limit=0.3, steps=4) is None  # no false positive within the limit
