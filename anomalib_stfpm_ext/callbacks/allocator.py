@@ -8,7 +8,7 @@ import platform
 import threading
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 from .fit_resource import FitResource
 
