@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import processor
 import reference
 
 from anomalib_stfpm_ext import anomaly_map
@@ -68,6 +69,8 @@ def measure(batch: int) -> float:
 
 
 if __name__ == "__main__":
+    if native.selected_isa() != processor.best_isa():
+        sys.exit(f"The processor has {processor.best_isa()}, and {native.selected_isa()} was picked.")
     print(
         json.dumps(
             {

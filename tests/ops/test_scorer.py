@@ -3,6 +3,7 @@
 """The scorer against the float64 reference and anomalib, and its answers to bad input."""
 
 import numpy as np
+import processor
 import pytest
 import reference
 import torch
@@ -220,6 +221,11 @@ def test_instruction_sets_agree_to_the_bit_and_numpy_needs_no_torch(python):
         assert output.startswith(isa.encode())
         outputs[isa] = output.removeprefix(isa.encode())
     assert len(set(outputs.values())) == 1, list(outputs)
+
+
+def test_the_best_instruction_set_is_picked(python):
+    script = "from anomalib_stfpm_ext.ops import native; print(native.selected_isa())"
+    assert python(script, STFPM_EXT_ISA="").stdout.strip() == processor.best_isa()
 
 
 def test_unknown_instruction_set_is_refused(python):
