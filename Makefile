@@ -82,7 +82,7 @@ format: .venv/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-# Without .venv, since torch is not needed. ARGUMENTS are those of release/wheels.py.
+# Without .venv, since torch is not needed. ARGUMENTS are those of the program.
 wheels: build/wheels.stamp
 	build/wheels/bin/python release/wheels.py $(ARGUMENTS)
 

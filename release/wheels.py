@@ -91,12 +91,14 @@ def main() -> None:
     parser.add_argument("--pythons", nargs="+", default=VERSIONS, metavar="VERSION", help="such as 3.11")
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--cuda", action="store_true", help="with the CUDA scorer, for this machine's architecture")
-    parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder, which is emptied before")
+    parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder; earlier wheels and sdists go")
     arguments = parser.parse_args()
     if arguments.cuda:
         arguments.architectures = [platform.machine()]
     output = arguments.output.resolve()
-    shutil.rmtree(output, ignore_errors=True)
+    for pattern in ("*.whl", "*.tar.gz"):
+        for earlier in output.glob(pattern):
+            earlier.unlink()
     here = environment("3", platform.machine(), arguments.cuda)
     run(sys.executable, "-m", "build", "--sdist", "--outdir", output, ROOT, env=here)
     (sdist,) = output.glob("*.tar.gz")
@@ -107,7 +109,10 @@ def main() -> None:
             continue
         for architecture in arguments.architectures:
             build_wheel(python, sdist, output, environment(version, architecture, arguments.cuda))
-    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in sorted(output.iterdir())]
+    sums = [
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}"
+        for file in [*sorted(output.glob("*.whl")), sdist]
+    ]
     (output / "SHA256SUMS").write_text("\n".join(sums) + "\n")
     print("\n".join(sums))
 

@@ -29,7 +29,8 @@ std::atomic<bool> is_forked_child{false};
 
 /// torch makes the symbols of its OpenMP runtime global (libtorch_global_deps), so that this needs no link to it.
 OpenMpParallel torch_parallel() {
-  if (is_forked_child) return nullptr;                // where the runtime's threads do not exist
+  // In a forked child, the runtime's threads do not exist.
+  if (is_forked_child) return nullptr;
   static std::atomic<OpenMpParallel> found{nullptr};  // looked for again until torch has been imported
   OpenMpParallel parallel = found.load(std::memory_order_relaxed);
   if (parallel == nullptr) {
