@@ -189,7 +189,7 @@ def test_loaders_that_cannot_be_followed_refuse_deep_images(both, tmp_path):
     dataset = PredictDataset(both[1] / "bad")
     combined = CombinedLoader([DataLoader(dataset, collate_fn=dataset.collate_fn)], "sequential")
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"data: wanted images of 8 bits where .*, got .*0.png, of Pillow's mode I;16"):
+    with pytest.raises(ValueError, match=r"data: wanted images of 8 bits where .*, got .*0.png, of Pillow's mode I"):
         trainer.predict(make_model(), combined)
 
 
