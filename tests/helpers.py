@@ -25,6 +25,9 @@ TINY_BACKBONES = {
     "test_mambaout": ["stages.0", "stages.1"],
 }
 
+# Of a trainer or an engine.
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
 # Images of each kind in a category of the tiny MVTec AD.
 ROLES = {"train/good": 6, "test/good": 3, "test/broken": 2, "test/scratched": 2}
 

@@ -23,7 +23,7 @@ def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Eng
     from lightning.pytorch import seed_everything
 
     seed_everything(seed)
-    engine = Engine(max_epochs=2, accelerator="cpu", default_root_dir=output, logger=False)
+    engine = Engine(max_epochs=4, accelerator="cpu", default_root_dir=output, logger=False)
     model = StfpmExt("resnet18", teacher_weights=weights, lr=0.1, visualizer=False)
     return engine, model, engine.train(model, datamodule=folder(images))
 

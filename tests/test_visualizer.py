@@ -11,7 +11,7 @@ import torch
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
-from helpers import folder
+from helpers import QUIET, folder
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Pad, Resize
 
@@ -19,7 +19,6 @@ from anomalib_stfpm_ext import StfpmExt, visualizer
 from anomalib_stfpm_ext.transforms import seen, shows_all
 from anomalib_stfpm_ext.visualizer import BackgroundImageVisualizer
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 

@@ -20,7 +20,7 @@ from ..files import lock
 from ..lightning_model import StfpmExt
 from ..scorer import cpu_count
 from .datasets import find_categories
-from .runs import Plan, ReproduceJobGenerator
+from .runs import PAPERS_RULES, Plan, ReproduceJobGenerator
 from .tables import write_tables
 
 
@@ -114,7 +114,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_function_arguments(reproduce, as_positional=False, skip={"model"})
     of_runs: set[str | int] = {"seed", "pre_processor", "post_processor", "evaluator", "visualizer"}
     parser.add_class_arguments(StfpmExt, as_positional=False, skip=of_runs)
-    parser.set_defaults(selection="held_out_map")  # as in the paper
+    parser.set_defaults(**PAPERS_RULES)
     return parser
 
 

@@ -34,6 +34,7 @@ from ..visualization import draw_sheet, pick
 from .datasets import Category, leave_out_junk
 from .tables import write_tables
 
+PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False}  # where StfpmExt's defaults are others
 PR_SET_PDEATHSIG = 1  # of prctl, from Linux's headers
 
 
@@ -87,7 +88,7 @@ class Plan:
             return
         # Of arguments that have come since, the results are of the defaults.
         defaults = {name: option.default for name, option in inspect.signature(StfpmExt).parameters.items()}
-        defaults |= {"precision": "32-true", "selection": "held_out_map"}
+        defaults |= {"precision": "32-true", **PAPERS_RULES}
         before = {**defaults, **json.loads(file.read_text())}
         for name, value in settings.items():
             if before[name] != value:

@@ -8,15 +8,13 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
-from helpers import folder, skip_unless_computed
+from helpers import QUIET, folder, skip_unless_computed
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
 from anomalib_stfpm_ext.acceleration import precision
 from anomalib_stfpm_ext.acceleration.precision import dtype_on, why_not
 from anomalib_stfpm_ext.callbacks import scoring_precision
 from anomalib_stfpm_ext.callbacks.scoring_precision import ScoringPrecision, Trial
-
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
-from helpers import folder
+from helpers import QUIET, folder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -41,14 +41,13 @@ from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, NETWO
 from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
 from anomalib_stfpm_ext.callbacks.synthetic import add_anomaly
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-
 
 @pytest.fixture
 def make_model(resnet18_weights):
     def make(**arguments) -> StfpmExt:
         settings = {"layers": ["layer1", "layer2"], "teacher_weights": resnet18_weights, "lr": 0.05, "seed": 0}
         settings |= {"pre_processor": StfpmExt.configure_pre_processor((48, 64)), "visualizer": False}
+        settings |= {"precise_bn": False}  # which would change the students that these tests make
         return StfpmExt("resnet18", **(settings | arguments))
 
     return make

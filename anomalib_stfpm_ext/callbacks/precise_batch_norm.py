@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Precise batch norm: a student is judged with the statistics of its own features, not of earlier students'."""
+
+from collections import deque
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim.swa_utils import update_bn
+
+from ..errors import fail
+from .fit_resource import FitResource
+from .student_selection import StudentSelection
+
+NUM_IMAGES = 64  # two of the paper's batches; five times as many give the same anomaly maps
+
+
+class PreciseBatchNorm(FitResource):
+    """Estimates the student's running statistics anew before it is measured, validated, saved and kept.
+
+    Running statistics are an average over the students of the last 10 to 20 steps. At a constant learning rate those
+    differ, and in the first steps the average has not arrived at all. So the student of this step passes over the
+    latest training images, as it was trained on them, and gets the mean of their batches' statistics: "PreciseBN" of Wu
+    and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3. Steps do not use running statistics, so
+    that losses stay what they are.
+
+    Args:
+        selection (StudentSelection): It knows the averaged student, if that is the one to be judged.
+    """
+
+    def __init__(self, selection: StudentSelection) -> None:
+        self._selection = selection
+        self._batches: deque[torch.Tensor] = deque()
+        self._step: int | None = None  # of the student whose statistics were estimated
+
+    def release(self) -> None:
+        """Release the images."""
+        self._batches.clear()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew.
+
+        Raises:
+            ValueError: If the strategy shards the model.
+        """
+        del pl_module
+        self.release()
+        self._step = None
+        if trainer.strategy.restore_checkpoint_after_setup:
+            wanted = "a strategy that has the whole student in each process, such as ddp (or precise_bn=False)"
+            fail(ValueError, "precise_bn", wanted, type(trainer.strategy).__qualname__)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch; of those before, no more than an epoch has, so that a resumed fit has the same ones."""
+        del pl_module, batch_idx
+        if not outputs:  # a batch that was passed over
+            return
+        self._batches.append(batch.image)
+        while (
+            len(self._batches) > trainer.num_training_batches
+            or sum(map(len, self._batches)) - len(self._batches[0]) >= NUM_IMAGES
+        ):
+            self._batches.popleft()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate the statistics of the student that is validated within a fit."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._estimate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate the statistics of the student that is measured and saved."""
+        self._estimate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Release the images: the student that is kept has its statistics."""
+        del trainer, pl_module
+        self.release()
+
+    def _estimate(self, trainer: Trainer, module: Any) -> None:
+        """Estimate them over all processes' images, unless no step was made since the last time."""
+        if not self._batches or trainer.global_step == self._step:
+            return
+        tiler, students = module.model.tiler, self._selection.students
+        images = [tiler.tile(batch) if tiler else batch for batch in self._batches]
+        student = module.model.student_model
+        with students.measuring() if students else nullcontext(), trainer.precision_plugin.forward_context():
+            update_bn(images, student)
+            for statistic in filter(torch.is_floating_point, student.buffers()):
+                statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))
+        self._step = trainer.global_step
