@@ -136,8 +136,8 @@ def train(variant: str, arguments: argparse.Namespace, seed: int, data: Folder) 
         with mock.patch("timm.create_model", partial(timm.create_model, **overlay)):
             model = Stfpm(**network, **RAW)
     else:
-        options = {"lr_schedule": arguments.lr_schedule, "ema_decay": arguments.ema_decay, "seed": seed}
-        options["precise_bn"] = variant == OURS
+        options = {name: getattr(arguments, name) for name in ("lr", "lr_schedule", "ema_decay")}
+        options |= {"precise_bn": variant == OURS, "seed": seed}
         model = StfpmExt(**network, **RAW, teacher_weights=arguments.teacher_weights, **options)
     held_out = math.ceil(0.2 * len(data.train_data))
     steps = arguments.epochs * math.ceil((len(data.train_data) - held_out) / data.train_batch_size)
@@ -265,7 +265,8 @@ def plot(runs: list[dict[str, Any]], file: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=None if index else label)
         axis.set(xlabel="training step", ylabel="image AUROC", title=", ".join(name))
         axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    lines_by_label = {line.get_label(): line for axis in axes[0] for line in axis.get_legend_handles_labels()[0]}
+    axes[0][0].legend(lines_by_label.values(), lines_by_label)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
 
@@ -286,6 +287,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--precision", default="32-true", help="the trainer's, such as bf16-mixed")
     parser.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="of StfpmExt")
+    parser.add_argument("--lr", type=float, default=0.4, help="of StfpmExt")
     parser.add_argument("--ema-decay", type=float, help="of StfpmExt")
     parser.add_argument("--output", type=Path, default=Path("results/verdicts"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="where to write all figures")
@@ -304,7 +306,7 @@ def main() -> None:
             print(name)
             comparison, history, seconds = train(variant, arguments, seed, data)
             sheet = partial(_sheet, arguments.output / name)
-            options = ("epochs", "precision", "lr_schedule", "ema_decay")
+            options = ("epochs", "precision", "lr", "lr_schedule", "ema_decay")
             packages = ("anomalib", "anomalib-stfpm-ext", "timm", "torch")
             run = {
                 "data": data.name,
