@@ -50,7 +50,6 @@ from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
 
 MAX_EPOCHS = 100  # as in the paper
-PRECISE_KEY = "stfpm_ext_precise_bn"  # of a checkpoint
 TRANSFORM_KEY = "stfpm_ext_transform"  # of a checkpoint: whether there was one, which anomalib may fail to save
 
 
@@ -116,8 +115,8 @@ class StfpmExt(ExactExports, AnomalibModule):
             student with the lowest mean anomaly map of good images, and all levels count the same. Defaults to
             ``"synthetic"``.
         precise_bn (bool): Whether the student gets the batch norm statistics of its own features, estimated over the
-            latest 64 training images, before it is measured, validated and saved. ``False``: running averages over the
-            last steps, as in the paper. Losses are the same. Defaults to ``True``.
+            latest batches with some 64 training images, before it is measured, validated and saved. ``False``: running
+            averages over the last steps, as in the paper. Losses are the same. Defaults to ``True``.
         image_size (tuple[int, int] | None): Height and width to which images are resized; the normalisation stays the
             teacher's. Defaults to ``None``, the paper's 256x256, or the one size that the backbone takes.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
@@ -182,8 +181,11 @@ class StfpmExt(ExactExports, AnomalibModule):
                 fail(ValueError, argument, "a finite number of at least 0", value)
         if isinstance(seed, bool) or not isinstance(seed, Integral | None):
             fail(TypeError, "seed", "a whole number or None", repr(seed))
+        for argument, flag in (("save_teacher", save_teacher), ("precise_bn", precise_bn)):
+            if not isinstance(flag, bool):
+                fail(TypeError, argument, "True or False", repr(flag))
         check_precision(inference_precision)
-        student_selection = StudentSelection(held_out_share, seed or 0, ema_decay, selection)
+        student_selection = StudentSelection(held_out_share, seed or 0, ema_decay, selection, precise_bn)
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
@@ -209,10 +211,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         self.last_trainer: int | None = None  # the id, for Checks
         self.loss = StfpmExtLoss()
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        for argument, flag in (("save_teacher", save_teacher), ("precise_bn", precise_bn)):
-            if not isinstance(flag, bool):
-                fail(TypeError, argument, "True or False", repr(flag))
-        self.save_teacher, self.precise_bn = save_teacher, precise_bn
+        self.save_teacher = save_teacher
         if teacher_cache is None and teacher_cache_half:
             fail(ValueError, "teacher_cache_half", "False where teacher_cache is None", teacher_cache_half)
         self.cache = None if teacher_cache is None else TeacherCache(teacher_cache, teacher_cache_half)
@@ -344,7 +343,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             CosineSchedule(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
             ScoringPrecision(self.student_selection),  # before the student that is kept gets its last validation
-            *([PreciseBatchNorm(self.student_selection)] if self.precise_bn else []),
+            *([PreciseBatchNorm(self.student_selection)] if self.student_selection.precise_bn else []),
             self.student_selection,
             *([self.cache] if self.cache else []),
             AllocatorTuning(),  # trims what the others free
@@ -359,7 +358,6 @@ class StfpmExt(ExactExports, AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         name_network(checkpoint, self.model)
         checkpoint[TRANSFORM_KEY] = getattr(self.pre_processor, "transform", None) is not None
-        checkpoint[PRECISE_KEY] = self.precise_bn
         self.student_selection.save(checkpoint)
         if not self.save_teacher:
             leave_out(checkpoint, self.model.teacher_model)
@@ -371,8 +369,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             checkpoint (dict[str, Any]): Lightning's checkpoint.
 
         Raises:
-            ValueError: If network or teacher are others, or, in a fit, ``combine_at``, ``lr_schedule`` or
-                ``precise_bn``.
+            ValueError: If network or teacher are others, or, in a fit, ``combine_at`` or ``lr_schedule``.
         """
         saved = check_network(checkpoint, self.model.teacher_model)
         self._keep_given(checkpoint)
@@ -393,9 +390,6 @@ class StfpmExt(ExactExports, AnomalibModule):
         before = "cosine" if checkpoint.get("lr_schedulers") else "constant"
         if "lr_schedulers" in checkpoint and self.lr_schedule != before:
             fail(ValueError, "lr_schedule", f"{before} as in the checkpoint", self.lr_schedule)
-        precise_bn = checkpoint.get(PRECISE_KEY, self.precise_bn)  # older versions knew none
-        if precise_bn != self.precise_bn:
-            fail(ValueError, "precise_bn", f"{precise_bn} as in the checkpoint", self.precise_bn)
         self.student_selection.resume(checkpoint)
 
     def _keep_given(self, checkpoint: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ RAW: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer"
 ANOMALIB, OURS, RUNNING = "anomalib Stfpm", "StfpmExt", "StfpmExt, running statistics"
 CHOICES = ("held_out_map", "synthetic", "last", "oracle")
 RULES = {ANOMALIB: ("last", "oracle"), OURS: CHOICES, RUNNING: CHOICES}
+OPTIONS = ("epochs", "precision", "lr", "lr_schedule", "ema_decay")  # of a training
 
 Distances = list[torch.Tensor]  # of each level, (N, 1, H_l, W_l)
 
@@ -294,6 +295,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
     arguments = parser.parse_args()
 
+    given = {option: getattr(arguments, option) for option in OPTIONS}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds if arguments.data else ():
         for variant in arguments.variants:
@@ -302,18 +304,20 @@ def main() -> None:
             name = name.replace(",", "").replace(" ", "_")
             file = arguments.output / f"{name}.json"
             if file.exists():
+                before = json.loads(file.read_text())
+                if any(before.get(option, given[option]) != given[option] for option in OPTIONS):
+                    parser.error(f"--output: {file} is of other options than {given}; take another folder")
                 continue
             print(name)
             comparison, history, seconds = train(variant, arguments, seed, data)
             sheet = partial(_sheet, arguments.output / name)
-            options = ("epochs", "precision", "lr", "lr_schedule", "ema_decay")
             packages = ("anomalib", "anomalib-stfpm-ext", "timm", "torch")
             run = {
                 "data": data.name,
                 "backbone": arguments.backbone,
                 "variant": variant,
                 "seed": seed,
-                **{option: getattr(arguments, option) for option in options},
+                **given,
                 "images": {"train": len(data.train_data), "test": len(data.test_data)},
                 **evaluate(comparison.distances, history, data, sheet),
                 "seconds": seconds,

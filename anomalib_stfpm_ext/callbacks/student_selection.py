@@ -17,7 +17,7 @@ from ..errors import fail
 from .finite_loss import fail_as_diverged, where
 from .fit_resource import FitResource
 from .hold_out import check_share, hold_out
-from .students import Measurement, Students
+from .students import Measurement, Students, check_strategy
 from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, level_weights, mean_auroc
 from .verdicts import Verdicts
 
@@ -49,6 +49,8 @@ class StudentSelection(FitResource):
         selection (Selection): ``"held_out_map"`` keeps the student with the lowest mean anomaly map of the held-out
             images. ``"synthetic"`` keeps the one that finds most of the anomalies that are made into them, and weighs
             its levels by how many each one finds.
+        precise_bn (bool): Whether :class:`.precise_batch_norm.PreciseBatchNorm` gives students their statistics, which
+            cannot change within a fit. Defaults to ``True``.
 
     Attributes:
         students (Students | None): Those of this fit or the last one, if there was something to select.
@@ -59,12 +61,15 @@ class StudentSelection(FitResource):
         ValueError: If one of them is out of range, or ``selection`` is none of these.
     """
 
-    def __init__(self, share: float, seed: int, ema_decay: float | None, selection: Selection) -> None:
+    def __init__(
+        self, share: float, seed: int, ema_decay: float | None, selection: Selection, precise_bn: bool = True
+    ) -> None:
         check_share(share)
         check_decay(ema_decay)
         if selection not in get_args(Selection):
             fail(ValueError, "selection", f"one of {get_args(Selection)}", repr(selection))
         self.share, self.seed, self.ema_decay, self.selection = share, seed, ema_decay, selection
+        self.precise_bn = precise_bn
         self.forget()
 
     def forget(self) -> None:
@@ -87,6 +92,7 @@ class StudentSelection(FitResource):
             "seed": self.seed,
             "ema_decay": self.ema_decay,
             "selection": self.selection,
+            "precise_bn": self.precise_bn,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,6 +162,7 @@ class StudentSelection(FitResource):
             "synthetic_AUROC": self.best and self.best.synthetic_auroc,
             "selection": self.selection,
             "ema_decay": self.ema_decay,
+            "precise_bn": self.precise_bn,
             "random_state": torch.get_rng_state(),
             **self.students.state(),
         }
@@ -192,10 +199,8 @@ class StudentSelection(FitResource):
 
     def _start(self, trainer: Trainer, network: "nn.Module", resumed: dict[str, Any] | None) -> None:
         """Hold images out, and begin with the students, or go on with those of a checkpoint."""
-        if trainer.strategy.restore_checkpoint_after_setup:  # those that shard the model
-            wanted = "a strategy that has the whole student in each process, such as ddp (or 0 to hold nothing out)"
-            argument = "held_out_share" if self.share else "ema_decay"
-            fail(ValueError, argument, wanted, type(trainer.strategy).__qualname__)
+        argument, otherwise = ("held_out_share", "0 to hold nothing out") if self.share else ("ema_decay", "None")
+        check_strategy(trainer, argument, otherwise)
         if resumed:
             self._split_seed = resumed["seed"]  # the same images as before
         if self.share:
@@ -331,6 +336,7 @@ class StudentSelection(FitResource):
             ("held_out_share", resumed["share"], self.share),
             ("ema_decay", resumed.get("ema_decay"), self.ema_decay),
             ("selection", resumed.get("selection", "held_out_map"), self.selection),
+            ("precise_bn", resumed.get("precise_bn", self.precise_bn), self.precise_bn),  # older versions knew none
         ):
             if before != now:
                 fail(ValueError, argument, f"{before} as in the checkpoint", now)

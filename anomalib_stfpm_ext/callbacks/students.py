@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..errors import fail
 from .synthetic import TIE
 
 
@@ -53,6 +55,22 @@ def best_of(history: Iterable[Measurement]) -> Measurement | None:
         if best is None or not best_is_level or (found >= most - TIE and each.value < best.value):
             best = each
     return best
+
+
+def check_strategy(trainer: Trainer, argument: str, otherwise: str) -> None:
+    """Check that each process has the whole student.
+
+    Args:
+        trainer (Trainer): Trainer in a fit.
+        argument (str): What asks for it.
+        otherwise (str): What that argument may be where it is not so.
+
+    Raises:
+        ValueError: If the strategy shards the model.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:  # those that do
+        wanted = f"a strategy that has the whole student in each process, such as ddp (or {otherwise})"
+        fail(ValueError, argument, wanted, type(trainer.strategy).__qualname__)
 
 
 class Students:

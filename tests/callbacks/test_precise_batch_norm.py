@@ -4,15 +4,18 @@
 
 import pytest
 import torch
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.engine import Engine
 from helpers import QUIET, TINY_BACKBONES, folder
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
+from torch.nn.functional import dropout
 
 from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.callbacks import precise_batch_norm
+from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY
 
 
 class Batches(Callback):
@@ -96,8 +99,10 @@ def test_kept_student_has_the_statistics_of_the_last_epoch(make_model, fit, shar
 def test_losses_are_the_same(make_model, fit):
     runs = {}
     for precise_bn in (True, False):
-        runs[precise_bn] = Batches()
-        fit(make_model(precise_bn=precise_bn), runs[precise_bn])
+        model, runs[precise_bn] = make_model(precise_bn=precise_bn), Batches()
+        convolution = model.model.student_model.feature_extractor.conv1
+        convolution.register_forward_hook(lambda module, _, features: dropout(features, 0.1, module.training))
+        fit(model, runs[precise_bn])
     assert runs[True].losses == runs[False].losses
     assert len(runs[True].losses) > 3
 
@@ -141,6 +146,26 @@ def test_resuming_with_other_statistics_is_refused(make_model, fit):
     checkpoint = fit(make_model(precise_bn=False), epochs=1).trainer.checkpoint_callback.best_model_path
     with pytest.raises(ValueError, match="precise_bn: wanted False as in the checkpoint, got True"):
         fit(make_model(), epochs=2, ckpt_path=checkpoint)
+
+
+def test_older_checkpoints_go_on_with_it(make_model, fit, tmp_path):
+    checkpoint = torch.load(fit(make_model(precise_bn=False), epochs=1).best_model_path, weights_only=True)
+    del checkpoint[CHECKPOINT_KEY]["precise_bn"]
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    model, batches = make_model(), Batches()
+    fit(model, batches, epochs=2, ckpt_path=tmp_path / "older.ckpt")
+    assert model.student_selection.best.epoch == 1
+    mean, _ = by_hand(model, batches.images)
+    torch.testing.assert_close(first_norm(model).running_mean.double(), mean, rtol=1e-4, atol=1e-6)
+
+
+def test_tiles_are_what_the_student_sees(make_model, fit):
+    model, batches = make_model(held_out_share=0), Batches()
+    tiles = TilerConfigurationCallback(enable=True, tile_size=32, stride=16)
+    fit(model, batches, tiles, epochs=1)
+    mean, variance = by_hand(model, [model.model.tiler.tile(images) for images in batches.images])
+    torch.testing.assert_close(first_norm(model).running_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first_norm(model).running_var.double(), variance, rtol=1e-4, atol=1e-6)
 
 
 def test_network_without_batch_norm(fit):
