@@ -132,6 +132,15 @@ def test_matrices_resize_as_torch_does(before):
     torch.testing.assert_close(resize_by_matrices(images, SIZE), expected, rtol=0, atol=1e-5)
 
 
+def test_no_integers_are_clamped(onnx_file):
+    """OpenVINO 2025.4, which anomalib Studio wants, makes 0 of them: all images had a score of 1."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(onnx_file)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    clamped = [types[node.input[0]] for node in graph.node if node.op_type == "Clip"]
+    assert clamped
+    assert set(clamped) == {onnx.TensorProto.FLOAT}
+
+
 def test_shorter_side_and_crop(tmp_path):
     pre_processor = PreProcessor(Compose([Resize(72), CenterCrop((64, 64))]))
     model = StfpmExt(BACKBONE, LAYERS, False, pre_processor=pre_processor, post_processor=False).eval()
