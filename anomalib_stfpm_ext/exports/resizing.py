@@ -142,6 +142,6 @@ def _triangles(images: torch.Tensor, before: int, after: int) -> tuple[torch.Ten
     new, old = (2 * torch.arange(size, device=images.device) + 1 for size in (after, before))
     distance = (old * after - new[:, None] * before).abs()
     width = 1 + torch.maximum(old[-1], new[-1])  # twice the larger size, which tracing may know as a tensor only
-    # Clamped as floats: OpenVINO 2025.4 makes 0 of all 64-bit integers that it clamps.
-    weights = (width - distance).to(images.dtype).clamp(min=0) / width
+    # Of floats, since OpenVINO 2025.4 makes 0 of all 64-bit integers that it clamps.
+    weights = (width - distance).to(images.dtype).relu() / width
     return weights, weights.sum(dim=1, keepdim=True)
