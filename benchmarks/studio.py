@@ -2,8 +2,8 @@
 
 """Runs anomalib Studio's server with StfpmExt, as its web page would, and says what came of each step.
 
-Studio is no package: its server is application/backend of anomalib's repository. The command and the environment that
-it needs are in docs/install.md. Each step prints a line; one that Studio is known to refuse says so.
+Studio is no package: its server is application/backend of anomalib's repository. docs/install.md has the command, the
+environment that it needs, and what Studio is known to refuse: gray images and ``:export``. Each step prints a line.
 """
 
 import argparse
@@ -24,8 +24,10 @@ import torch
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 
+from anomalib_stfpm_ext.feature_pyramid import WEIGHTS_VARIABLE
+from anomalib_stfpm_ext.images import find_images
+
 MODEL = "stfpm_ext"
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 ENDS = {"completed", "failed", "canceled"}
 
 
@@ -62,12 +64,12 @@ class Studio:
         is_json = response.headers.get("content-type", "").startswith("application/json")
         return response.json() if is_json and response.content else response.content
 
-    def train(self, epochs: int, cancel_after: float | None = None) -> dict[str, Any]:
+    def train(self, epochs: int, cancel: bool = False) -> dict[str, Any]:
         """Train StfpmExt; return the job once it has ended.
 
         Args:
             epochs (int): At most; Studio ends early where the validation no longer improves.
-            cancel_after (float | None): Percent of the training after which it is cancelled.
+            cancel (bool): Cancel it once it runs. Defaults to ``False``.
         """
         payload = {"project_id": self.project, "model_name": MODEL, "device": {"type": "cpu"}, "max_epochs": epochs}
         job_id = self.ask("POST", "/jobs:train", json=payload)["job_id"]
@@ -76,9 +78,9 @@ class Studio:
             (job,) = (job for job in self.ask("GET", "/jobs")["jobs"] if job["id"] == job_id)
             if job["status"] in ENDS:
                 return dict(job)
-            if cancel_after is not None and job["status"] == "running" and job["progress"] >= cancel_after:
+            if cancel and job["status"] == "running":
                 self.ask("POST", f"/jobs/{job_id}:cancel")
-                cancel_after = None
+                cancel = False
 
 
 @contextmanager
@@ -95,39 +97,31 @@ def serve(backend: Path, folder: Path, port: int, teacher_weights: Path | None) 
         Studio: A client.
 
     Raises:
-        SystemExit: If it has not answered after two minutes.
+        SystemExit: If it has ended, or not answered after two minutes.
     """
     environment = {**os.environ, "PYTHONPATH": ".", "DATA_DIR": str(folder / "data"), "LOG_DIR": str(folder / "logs")}
     environment["HTTP_SERVER_PORT"] = str(port)
     if teacher_weights:
-        environment["STFPM_EXT_TEACHER_WEIGHTS"] = str(teacher_weights.resolve())
+        environment[WEIGHTS_VARIABLE] = str(teacher_weights.resolve())
     log = folder / "server.log"
     with log.open("w") as output:
         command = [sys.executable, "main.py"]
         server = subprocess.Popen(command, cwd=backend / "src", env=environment, stdout=output, stderr=output)
         try:
             studio = Studio(f"http://localhost:{port}")
-            for _ in range(120):
+            deadline = time.monotonic() + 120
+            while True:
                 time.sleep(1)
                 try:
                     studio.ask("GET", "/projects")
                     break
                 except requests.ConnectionError:
-                    if server.poll() is not None:
-                        break
-            else:
-                server.terminate()
-            if server.poll() is not None:
-                sys.exit(f"The server did not start:\n{log.read_text()[-2000:]}")
+                    if server.poll() is not None or time.monotonic() > deadline:
+                        sys.exit(f"The server did not start:\n{log.read_text()[-2000:]}")
             yield studio
         finally:
             server.terminate()
             server.wait(60)
-
-
-def pick(folder: Path, count: int) -> list[Path]:
-    """List the first images of a folder by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)[:count]
 
 
 def as_upload(file: Path, mode: str = "RGB") -> dict[str, Any]:
@@ -161,12 +155,12 @@ def main() -> None:
 def go_through(studio: Studio, arguments: argparse.Namespace, folder: Path) -> None:
     """Go through project, upload, trainings, predictions, export and pipeline."""
     studio.project = studio.ask("POST", "/projects", json={"name": "parts"})["id"]
-    files = pick(arguments.good, arguments.images)
+    files = find_images(arguments.good)[: arguments.images]
     for file in files:
         studio.ask("POST", "/projects/{project}/images", files=as_upload(file))
     print(f"upload: {len(files)} images")
 
-    job = studio.train(1000, cancel_after=0)
+    job = studio.train(1000, cancel=True)
     print(f"cancelled training: {job['status']}: {job['message']}")
     for _ in range(2):  # the second one shows whether the first one is in its way
         start = time.perf_counter()
@@ -180,7 +174,7 @@ def go_through(studio: Studio, arguments: argparse.Namespace, folder: Path) -> N
 
     scores, labels, found = [], [], 0
     for is_defective, role in enumerate((arguments.good_test, arguments.defective)):
-        for file in pick(role, arguments.test_images):
+        for file in find_images(role)[: arguments.test_images]:
             answer = studio.ask("POST", f"{path}:predict", files=as_upload(file))
             scores.append(answer["score"])
             labels.append(is_defective)
@@ -207,7 +201,7 @@ def go_through(studio: Studio, arguments: argparse.Namespace, folder: Path) -> N
     body = {name: answer["id"] for name, answer in ids.items()} | {"model_id": model["id"]}
     studio.ask("PATCH", "/projects/{project}/pipeline", json=body)
     studio.ask("POST", "/projects/{project}/pipeline:run")
-    for file in pick(arguments.defective, 5):
+    for file in find_images(arguments.defective)[:5]:
         (watched / f"{file.stem}.png").write_bytes(as_upload(file)["file"][1])
     deadline = time.monotonic() + 120
     while (count := len(list(results.glob("*-pred.txt")))) < 5 and time.monotonic() < deadline:
