@@ -134,7 +134,8 @@ def check_range(trainer: Trainer, model: Any) -> None:
 
 def tell_counts(trainer: Trainer, model: Any) -> None:
     """Say how many images there are for what, and warn of a validation that cannot set a useful threshold."""
-    training, held_out = _dataset(trainer.train_dataloader), _dataset(model.student_selection.loader)
+    judge = model.student_selection.judge
+    training, held_out = _dataset(trainer.train_dataloader), _dataset(judge and judge.loader)
     counts = [f"{_length(training)} images to train on", f"{_length(held_out)} held out"]
     labels = _labels(trainer)
     if labels is not None:

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..acceleration.precision import PRECISIONS, Precision, dtype_on, why_not
 from ..errors import fail
-from .student_selection import StudentSelection, held_out_images
+from .judge import Judge
+from .student_selection import StudentSelection
 
 if TYPE_CHECKING:
     from ..torch_model import StfpmExtModel
@@ -119,7 +120,8 @@ class ScoringPrecision(Callback):
             candidates = [network.precision] if network.precision != "float32" else []
         if not candidates:
             return
-        if self._selection.loader is None:
+        judge = self._selection.judge
+        if judge is None:
             rank_zero_warn(
                 f"inference_precision: no images are held out to try {' and '.join(candidates)} on; the networks "
                 f"compute in {network.precision}."
@@ -127,7 +129,7 @@ class ScoringPrecision(Callback):
             return
         if self._selection.students is not None:
             self._selection.students.show(best=True)
-        trials = {name: self._try(name, trainer, model) for name in candidates}
+        trials = {name: self._try(name, judge, trainer, model) for name in candidates}
         if model.inference_precision == "auto":
             self._choose(trials, network)
         else:
@@ -153,12 +155,12 @@ class ScoringPrecision(Callback):
                 f"inference_precision: {precision} is {trial}. Verdicts may be other ones; float32 is exact."
             )
 
-    def _try(self, precision: Precision, trainer: Trainer, model: Any) -> Trial:
+    def _try(self, precision: Precision, judge: Judge, trainer: Trainer, model: Any) -> Trial:
         """Score the held-out images in both precisions; every process has a share, and all get the result."""
         network: StfpmExtModel = model.model
         before = network.precision
         sums = torch.zeros(6, dtype=torch.float64)  # images, scores, their squares, squared differences, two times
-        for images in held_out_images(trainer, model, self._selection.loader):
+        for images in judge.images(trainer, model):
             scores, seconds = [], []
             for name in ("float32", precision):
                 network.precision = name

@@ -3,12 +3,10 @@
 """Student selection: images that are held out of the training decide which epoch's student is kept."""
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -17,13 +15,12 @@ from ..errors import fail
 from .finite_loss import fail_as_diverged, where
 from .fit_resource import FitResource
 from .hold_out import check_share, hold_out
+from .judge import Judge
 from .students import Measurement, Students, check_strategy
-from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, level_weights, mean_auroc
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.data import DataLoader
 
     from ..torch_model import StfpmExtModel
 
@@ -54,7 +51,7 @@ class StudentSelection(FitResource):
 
     Attributes:
         students (Students | None): Those of this fit or the last one, if there was something to select.
-        loader (DataLoader | None): This process's share of the held-out images, while a fit lasts.
+        judge (Judge | None): Judges by the held-out images, while a fit lasts that has some.
 
     Raises:
         TypeError: If ``share`` or ``ema_decay`` is no number.
@@ -75,8 +72,7 @@ class StudentSelection(FitResource):
     def forget(self) -> None:
         """Forget the students of an earlier fit, since the model's student is now another."""
         self.students: Students | None = None
-        self.loader: DataLoader[Any] | None = None
-        self._defective: dict[int, torch.Tensor] = {}  # held-out images with synthetic anomalies
+        self.judge: Judge | None = None
         self._num_images = 0
         self._split_seed = self.seed
         self._step = 0
@@ -204,12 +200,8 @@ class StudentSelection(FitResource):
         if resumed:
             self._split_seed = resumed["seed"]  # the same images as before
         if self.share:
-            self._num_images, self.loader = hold_out(trainer, self.share, self._split_seed)
-            if self.selection == "synthetic" and not self.num_synthetic:
-                rank_zero_info(
-                    f"selection: synthetic anomalies need {FEWEST_IMAGES} held-out images to judge by, and there are "
-                    f"{self._num_images}. As in the paper, the student with their lowest mean anomaly map is kept."
-                )
+            self._num_images, loader = hold_out(trainer, self.share, self._split_seed)
+            self.judge = Judge(loader, self._num_images, self.selection == "synthetic")
         if resumed and resumed["images"] != self._num_images:
             wanted = f"{resumed['images']} held-out images as in the checkpoint"
             fail(ValueError, "held_out_share", wanted, self._num_images)
@@ -288,8 +280,7 @@ class StudentSelection(FitResource):
             self._network.level_weights = self.best.level_weights
         if self._verdicts is not None:
             self._verdicts.restore(self._kept_step)
-        self.loader = None
-        self._defective.clear()
+        self.judge = None
 
     def _describe_levels(self) -> str:
         """Say what the levels of the student that is kept count."""
@@ -343,134 +334,22 @@ class StudentSelection(FitResource):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, prog_bar: bool = False) -> None:
         """Measure the student, unless no step was made since the last time, and log the result."""
-        if not (self.students and self.share):
+        if not (self.students and self.judge):
             return
+        model: Any = pl_module
         if not self.history or self.history[-1].step != trainer.global_step:
             with self.students.measuring():
-                value, auroc, weights = self._judge(trainer, pl_module)
+                value, auroc, weights = self.judge.measure(trainer, model)
                 if not math.isfinite(value + (auroc or 0)):
                     of_anomalies = "" if auroc is None else f" and an AUROC of synthetic anomalies of {auroc}"
                     got = f"a mean anomaly map of the held-out images of {value}{of_anomalies}"
                     fail_as_diverged(got, where(trainer), self.describe_kept())
                 self.students.add(Measurement(trainer.current_epoch, trainer.global_step, value, auroc, weights))
         last = self.history[-1]
-        model: Any = pl_module
         model.model.level_weights = last.level_weights  # for the validation that may follow
         pl_module.log("held_out_map", last.value, prog_bar=prog_bar, sync_dist=True)
         if last.synthetic_auroc is not None:
             pl_module.log("synthetic_AUROC", last.synthetic_auroc, prog_bar=prog_bar, sync_dist=True)
-
-    @property
-    def num_synthetic(self) -> int:
-        """Number of held-out images that are also scored with an anomaly.
-
-        Returns:
-            int: The number; 0 where there are too few to judge by, or the selection is another.
-        """
-        judges = self.selection == "synthetic" and self._num_images >= FEWEST_IMAGES
-        return min(self._num_images, MOST_IMAGES) if judges else 0
-
-    @torch.no_grad()
-    def _judge(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None, tuple[float, ...] | None]:
-        """Measure the mean anomaly map of all held-out images, the AUROC of anomalies made into them, and the levels.
-
-        Every process has a share of the images, and all get the result.
-        """
-        teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
-        if not self.num_synthetic:
-            return self._mean_map(trainer, module, teacher), None, None
-        good: list[_Compared] = []
-        defective: list[_Compared] = []
-        first = 0
-        for images in held_out_images(trainer, module, self.loader):
-            # The processes take turns, so that an image has the same number, and anomaly, however many there are.
-            numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
-            first += len(images)
-            good.append(_Compared.compare(module, numbers, images, teacher))
-            if made := [number for number in numbers if number < self.num_synthetic]:
-                for number, image in zip(made, images, strict=False):
-                    if number not in self._defective:
-                        self._defective[number] = add_anomaly(image, number).cpu()
-                with_anomaly = torch.stack([self._defective[number] for number in made]).to(images.device)
-                defective.append(_Compared.compare(module, made, with_anomaly, teacher))
-
-        def score(batches: list[_Compared], weights: tuple[float, ...] | None = None) -> torch.Tensor:
-            """Return each image's number, mean map, and the maxima of its map and of each level, of all processes."""
-            rows = _gather(trainer, [row for batch in batches for row in batch.score(module, weights)])
-            return torch.tensor(sorted(rows), dtype=torch.float64)
-
-        of_good, of_defective = score(good), score(defective)
-        value = math.fsum(of_good[:, 1].tolist()) / len(of_good)
-        kinds = of_defective[:, 0].long() % len(KINDS)
-        weights = level_weights(of_good[:, 3:], of_defective[:, 3:], kinds)
-        if weights is not None:
-            of_good, of_defective = score(good, weights), score(defective, weights)
-        return value, mean_auroc(of_good[:, 2], of_defective[:, 2], kinds), weights
-
-    def _mean_map(self, trainer: Trainer, module: Any, teacher: Any) -> float:
-        """Measure the mean anomaly map of all held-out images, in which all levels count the same."""
-        weights, module.model.level_weights = module.model.level_weights, None
-        try:
-            maps = (
-                module.model(images, teacher).anomaly_map for images in held_out_images(trainer, module, self.loader)
-            )
-            means = _gather(trainer, [mean for amap in maps for mean in amap.mean((1, 2, 3)).tolist()])
-        finally:
-            module.model.level_weights = weights
-        return math.fsum(means) / len(means)
-
-
-def _gather(trainer: Trainer, rows: list[Any]) -> list[Any]:
-    """Put the rows of all processes together."""
-    if trainer.world_size == 1:
-        return rows
-    shares: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(shares, rows)
-    return [row for share in shares for row in share]
-
-
-class _Compared(NamedTuple):
-    """Images in which teacher and student have been compared."""
-
-    numbers: list[int]
-    image_size: tuple[int, int]
-    distances: dict[str, torch.Tensor]
-
-    @classmethod
-    def compare(cls, module: Any, numbers: list[int], images: torch.Tensor, teacher: Any) -> "_Compared":
-        return cls(numbers, (images.shape[-2], images.shape[-1]), module.model.level_distances(images, teacher))
-
-    def score(self, module: Any, weights: tuple[float, ...] | None) -> list[list[float]]:
-        """Return each image's number, mean map, and the maxima of its map and of each level."""
-        amap, levels = module.model.combine(self.distances, self.image_size, weights)
-        columns = [torch.tensor(self.numbers)[:, None], amap.mean((2, 3)).cpu(), amap.amax((2, 3)).cpu()]
-        rows: list[list[float]] = torch.cat([*columns, levels.amax((2, 3)).cpu()], 1).tolist()
-        return rows
-
-
-def held_out_images(
-    trainer: Trainer, module: AnomalibModule, loader: "DataLoader[Any] | None"
-) -> Iterator[torch.Tensor]:
-    """Iterate over this process's held-out images, with the networks in evaluation mode and without gradients.
-
-    Args:
-        trainer (Trainer): Trainer in a fit.
-        module (AnomalibModule): The model.
-        loader (DataLoader | None): :attr:`StudentSelection.loader`.
-
-    Yields:
-        torch.Tensor: Normalised images ``(B, 3, H, W)``, on the model's device.
-    """
-    training = module.model.training
-    module.model.eval()
-    # The loader draws a seed for its workers, which must not change what the training draws.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(module.device.type, enabled=False):
-        for index, batch in enumerate(loader or ()):
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            if isinstance(module.pre_processor, Callback):
-                module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-            yield batch.image
-    module.model.train(training)
 
 
 def check_decay(decay: float | None) -> None:

@@ -90,10 +90,10 @@ class TeacherCache(FitResource):
             if self.location == "auto" and trainer.strategy.root_device.type != "cpu":
                 return  # a GPU would fetch the features from here, which nobody has measured
             model: Any = pl_module
-            held_out = model.student_selection.loader
+            judge = model.student_selection.judge
             _check_transform("pre_processor", getattr(model.pre_processor, "transform", None))
-            self._num_images = sum(map(_count_images, [trainer.train_dataloader, *([held_out] if held_out else [])]))
-            self._num_images += model.student_selection.num_synthetic  # of all processes, which share them
+            self._num_images = sum(map(_count_images, [trainer.train_dataloader, *([judge.loader] if judge else [])]))
+            self._num_images += judge.num_synthetic if judge else 0  # of all processes, which share them
             self._num_processes = trainer.num_devices  # those on this machine
         except ValueError as error:
             self._give_up(error)

@@ -35,7 +35,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
-from anomalib_stfpm_ext.callbacks import finite_loss, student_selection
+from anomalib_stfpm_ext.callbacks import finite_loss, judge
 from anomalib_stfpm_ext.callbacks.hold_out import split
 from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, NETWORK_KEY, STUDENT_PREFIX
 from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
@@ -242,7 +242,7 @@ def held_out_map(model: StfpmExt, images: Path, indices) -> float:
 
 
 def test_synthetic_anomalies_choose(make_model, fit, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(student_selection, "FEWEST_IMAGES", 4)
+    monkeypatch.setattr(judge, "FEWEST_IMAGES", 4)
     settings = {"held_out_share": 0.5, "selection": "synthetic"}
     model, steer = make_model(**settings), Steer(0.3, 0.1, 0.5, 0.2)
     each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
@@ -273,7 +273,7 @@ def test_anomalies_are_scored_as_the_images_are(make_model, fit, monkeypatch):
     def refuse(*_):
         raise AssertionError
 
-    monkeypatch.setattr(student_selection, "FEWEST_IMAGES", 4)
+    monkeypatch.setattr(judge, "FEWEST_IMAGES", 4)
     monkeypatch.setattr(StfpmExtModel, "_infer", refuse)
     model = make_model(held_out_share=0.5, selection="synthetic")
     fit(model, epochs=1, limit_val_batches=0)
@@ -293,8 +293,8 @@ def synthetic_auroc(model: StfpmExt, images: Path, indices) -> float:
 
 
 def test_anomalies_without_a_score_stop_the_training(make_model, fit, monkeypatch):
-    monkeypatch.setattr(student_selection, "FEWEST_IMAGES", 4)
-    monkeypatch.setattr(student_selection, "add_anomaly", lambda image, _: image * torch.nan)
+    monkeypatch.setattr(judge, "FEWEST_IMAGES", 4)
+    monkeypatch.setattr(judge, "add_anomaly", lambda image, _: image * torch.nan)
     with pytest.raises(FloatingPointError, match=r"held-out images of \d.* and an AUROC of synthetic anomalies of nan"):
         fit(make_model(held_out_share=0.5), epochs=1, limit_val_batches=0)
 
@@ -390,7 +390,7 @@ def test_defective_images_of_parts_are_not_held_out(make_model, images, tmp_path
 
     class Look(Callback):
         def on_train_batch_end(self, _trainer, module, *_):
-            seen.extend(some[index].gt_label.item() for index in module.student_selection.loader.dataset.indices)
+            seen.extend(some[index].gt_label.item() for index in module.student_selection.judge.loader.dataset.indices)
 
     loader = DataLoader(some, batch_size=4, collate_fn=data.test_data.collate_fn)
     Trainer(max_epochs=1, callbacks=[Look()], default_root_dir=tmp_path, **QUIET).fit(model, loader)
@@ -463,7 +463,7 @@ def test_loader_of_the_users_own(make_model, dataset, shuffle):
 def test_no_more_processes_read_held_out_images_than_batches(make_model, dataset, batch_size, workers):
     class Workers(Callback):
         def on_train_start(self, trainer, pl_module):
-            self.number = pl_module.student_selection.loader.num_workers
+            self.number = pl_module.student_selection.judge.loader.num_workers
 
     seen = Workers()
     settings = {"num_workers": 2, "persistent_workers": True, "timeout": 60, "multiprocessing_context": "fork"}
@@ -774,7 +774,7 @@ from anomalib.data import Folder
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.callbacks import student_selection
+from anomalib_stfpm_ext.callbacks import judge
 
 images, weights, output = sys.argv[1:]
 read_image = anomalib_dataset.read_image
@@ -804,7 +804,7 @@ def spoil(batch):
 
 
 fit("paper", held_out_share=0.3)
-student_selection.FEWEST_IMAGES = 4
+judge.FEWEST_IMAGES = 4
 fit("synthetic", held_out_share=0.5, selection="synthetic")
 options = {"lr_schedule": "cosine", "ema_decay": 0.6}
 for share in (0.3, 0):

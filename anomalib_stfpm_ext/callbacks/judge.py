@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The judge of students: what the held-out images say of one, as they are and with anomalies made into them."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, level_weights, mean_auroc
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+
+class Judge:
+    """Judges students by the images that are held out of a fit. Every process has a share, and all get the result.
+
+    Args:
+        loader (DataLoader): This process's share of the held-out images.
+        num_images (int): Number of held-out images, of all processes.
+        synthetic (bool): Whether to judge by synthetic anomalies, too, unless the images are too few for it.
+
+    Attributes:
+        loader (DataLoader): As given.
+        num_synthetic (int): Number of held-out images, of all processes, that are also scored with an anomaly.
+    """
+
+    def __init__(self, loader: "DataLoader[Any]", num_images: int, synthetic: bool) -> None:
+        self.loader = loader
+        self.num_synthetic = min(num_images, MOST_IMAGES) if synthetic and num_images >= FEWEST_IMAGES else 0
+        self._defective: dict[int, torch.Tensor] = {}  # those images, by their number
+        if synthetic and not self.num_synthetic:
+            rank_zero_info(
+                f"selection: synthetic anomalies need {FEWEST_IMAGES} held-out images to judge by, and there are "
+                f"{num_images}. As in the paper, the student with their lowest mean anomaly map is kept."
+            )
+
+    def images(self, trainer: Trainer, module: AnomalibModule) -> Iterator[torch.Tensor]:
+        """Iterate over this process's images, with the networks in evaluation mode and without gradients.
+
+        Args:
+            trainer (Trainer): Trainer in a fit.
+            module (AnomalibModule): The model.
+
+        Yields:
+            torch.Tensor: Normalised images ``(B, 3, H, W)``, on the model's device.
+        """
+        training = module.model.training
+        module.model.eval()
+        # The loader draws a seed for its workers, which must not change what the training draws.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(module.device.type, enabled=False):
+            for index, batch in enumerate(self.loader):
+                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                if isinstance(module.pre_processor, Callback):
+                    module.pre_processor.on_test_batch_start(trainer, module, batch, index)
+                yield batch.image
+        module.model.train(training)
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None, tuple[float, ...] | None]:
+        """Measure the model's student.
+
+        Args:
+            trainer (Trainer): Trainer in a fit.
+            module (AnomalibModule): The model.
+
+        Returns:
+            tuple[float, float | None, tuple[float, ...] | None]: The mean anomaly map of all images, in which all
+                levels count the same; the AUROC of synthetic anomalies, with weighted levels; the weights. The last two
+                are ``None`` without synthetic anomalies, the weights also where no level alone finds them.
+        """
+        teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
+        good: list[_Compared] = []
+        defective: list[_Compared] = []
+        first = 0
+        for images in self.images(trainer, module):
+            # The processes take turns, so that an image has the same number, and anomaly, however many there are.
+            numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
+            first += len(images)
+            good.append(_Compared.compare(module, numbers, images, teacher))
+            if made := [number for number in numbers if number < self.num_synthetic]:
+                with_anomaly = torch.stack([self._make(number, images[place]) for place, number in enumerate(made)])
+                defective.append(_Compared.compare(module, made, with_anomaly.to(images.device), teacher))
+
+        def score(batches: list[_Compared], weights: tuple[float, ...] | None = None) -> torch.Tensor:
+            """Return each image's number, mean map, and the maxima of its map and of each level, of all processes."""
+            rows = _gather(trainer, [row for batch in batches for row in batch.score(module, weights)])
+            return torch.tensor(sorted(rows), dtype=torch.float64)
+
+        of_good = score(good)
+        value = math.fsum(of_good[:, 1].tolist()) / len(of_good)
+        if not self.num_synthetic:
+            return value, None, None
+        of_defective = score(defective)
+        kinds = of_defective[:, 0].long() % len(KINDS)
+        weights = level_weights(of_good[:, 3:], of_defective[:, 3:], kinds)
+        if weights is not None:
+            of_good, of_defective = score(good, weights), score(defective, weights)
+        return value, mean_auroc(of_good[:, 2], of_defective[:, 2], kinds), weights
+
+    def _make(self, number: int, image: torch.Tensor) -> torch.Tensor:
+        """Return an image with its anomaly, which is made once."""
+        if number not in self._defective:
+            self._defective[number] = add_anomaly(image, number).cpu()
+        return self._defective[number]
+
+
+class _Compared(NamedTuple):
+    """Images in which teacher and student have been compared."""
+
+    numbers: list[int]
+    image_size: tuple[int, int]
+    distances: dict[str, torch.Tensor]
+
+    @classmethod
+    def compare(cls, module: Any, numbers: list[int], images: torch.Tensor, teacher: Any) -> "_Compared":
+        return cls(numbers, (images.shape[-2], images.shape[-1]), module.model.level_distances(images, teacher))
+
+    def score(self, module: Any, weights: tuple[float, ...] | None) -> list[list[float]]:
+        """Return each image's number, mean map, and the maxima of its map and of each level."""
+        amap, levels = module.model.combine(self.distances, self.image_size, weights)
+        columns = [torch.tensor(self.numbers)[:, None], amap.mean((2, 3)).cpu(), amap.amax((2, 3)).cpu()]
+        rows: list[list[float]] = torch.cat([*columns, levels.amax((2, 3)).cpu()], 1).tolist()
+        return rows
+
+
+def _gather(trainer: Trainer, rows: list[Any]) -> list[Any]:
+    """Put the rows of all processes together."""
+    if trainer.world_size == 1:
+        return rows
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, rows)
+    return [row for share in shares for row in share]
