@@ -80,7 +80,8 @@ def test_training_is_the_papers(images, resnet18_weights, tmp_path, combine_at):
     pre_processor = StfpmExt.configure_pre_processor(SIZE)
     options = {"combine_at": combine_at, "pre_processor": pre_processor, "precise_bn": False}
     model = StfpmExt("resnet18", teacher_weights=resnet18_weights, seed=0, **options).double()
-    model.model.register_forward_pre_hook(lambda _model, arguments: (arguments[0].double(),))  # anomalib sends float32
+    for network in (model.model.teacher_model, model.model.student_model):  # to which anomalib sends float32
+        network.register_forward_pre_hook(lambda _network, arguments: (arguments[0].double(), *arguments[1:]))
     record = Record()
     engine = Engine(max_epochs=EPOCHS, accelerator="cpu", default_root_dir=tmp_path, callbacks=[record])
     engine.fit(model, datamodule=data)
