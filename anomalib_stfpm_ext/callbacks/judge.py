@@ -75,6 +75,7 @@ class Judge:
                 are ``None`` without synthetic anomalies, the weights also where no level alone finds them.
         """
         teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
+        plain: list[_Row] = []
         good: list[_Compared] = []
         defective: list[_Compared] = []
         first = 0
@@ -82,17 +83,18 @@ class Judge:
             # The processes take turns, so that an image has the same number, and anomaly, however many there are.
             numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
             first += len(images)
-            good.append(_Compared.compare(module, numbers, images, teacher))
+            compared = _Compared.compare(module, numbers, images, teacher)
+            plain += compared.score(module, None)
+            if self.num_synthetic:  # else nothing will be scored again, and there may be many images
+                good.append(compared)
             if made := [number for number in numbers if number < self.num_synthetic]:
                 with_anomaly = torch.stack([self._make(number, images[place]) for place, number in enumerate(made)])
                 defective.append(_Compared.compare(module, made, with_anomaly.to(images.device), teacher))
 
         def score(batches: list[_Compared], weights: tuple[float, ...] | None = None) -> torch.Tensor:
-            """Return each image's number, mean map, and the maxima of its map and of each level, of all processes."""
-            rows = _gather(trainer, [row for batch in batches for row in batch.score(module, weights)])
-            return torch.tensor(sorted(rows), dtype=torch.float64)
+            return _gather(trainer, [row for batch in batches for row in batch.score(module, weights)])
 
-        of_good = score(good)
+        of_good = _gather(trainer, plain)
         value = math.fsum(of_good[:, 1].tolist()) / len(of_good)
         if not self.num_synthetic:
             return value, None, None
@@ -110,6 +112,9 @@ class Judge:
         return self._defective[number]
 
 
+_Row = list[float]  # an image's number, mean map, and the maxima of its map and of each level
+
+
 class _Compared(NamedTuple):
     """Images in which teacher and student have been compared."""
 
@@ -121,18 +126,16 @@ class _Compared(NamedTuple):
     def compare(cls, module: Any, numbers: list[int], images: torch.Tensor, teacher: Any) -> "_Compared":
         return cls(numbers, (images.shape[-2], images.shape[-1]), module.model.level_distances(images, teacher))
 
-    def score(self, module: Any, weights: tuple[float, ...] | None) -> list[list[float]]:
-        """Return each image's number, mean map, and the maxima of its map and of each level."""
+    def score(self, module: Any, weights: tuple[float, ...] | None) -> list[_Row]:
         amap, levels = module.model.combine(self.distances, self.image_size, weights)
         columns = [torch.tensor(self.numbers)[:, None], amap.mean((2, 3)).cpu(), amap.amax((2, 3)).cpu()]
-        rows: list[list[float]] = torch.cat([*columns, levels.amax((2, 3)).cpu()], 1).tolist()
+        rows: list[_Row] = torch.cat([*columns, levels.amax((2, 3)).cpu()], 1).tolist()
         return rows
 
 
-def _gather(trainer: Trainer, rows: list[Any]) -> list[Any]:
-    """Put the rows of all processes together."""
-    if trainer.world_size == 1:
-        return rows
-    shares: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(shares, rows)
-    return [row for share in shares for row in share]
+def _gather(trainer: Trainer, rows: list[_Row]) -> torch.Tensor:
+    """Put the rows of all processes together, in the order of the images' numbers."""
+    shares: list[Any] = [rows] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(shares, rows)
+    return torch.tensor(sorted(row for share in shares for row in share), dtype=torch.float64)

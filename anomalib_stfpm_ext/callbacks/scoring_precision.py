@@ -133,7 +133,7 @@ class ScoringPrecision(Callback):
         if model.inference_precision == "auto":
             self._choose(trials, network)
         else:
-            self._judge(trials[network.precision], network.precision)
+            self._tell(trials[network.precision], network.precision)
 
     def _choose(self, trials: dict[Precision, Trial], network: "StfpmExtModel") -> None:
         tolerable = {name: trial for name, trial in trials.items() if trial.is_tolerable and trial.speedup > 1}
@@ -147,7 +147,7 @@ class ScoringPrecision(Callback):
         self._selection.validate_again()
 
     @staticmethod
-    def _judge(trial: Trial, precision: Precision) -> None:
+    def _tell(trial: Trial, precision: Precision) -> None:
         if trial.is_tolerable:
             rank_zero_info(f"Inference: {precision} is {trial}.")
         elif trial.images >= FEWEST_IMAGES:
