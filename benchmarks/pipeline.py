@@ -3,13 +3,14 @@
 """Times the way from an image to its verdict, and a training epoch: anomalib's Stfpm and StfpmExt, side by side.
 
 ResNet18 at 256x256, with random weights, the same in all routes: eager, under torch.compile, in bfloat16 where this
-machine computes in it, and as anomalib's OpenVINO export: held to float32 on as many threads, as OpenVINO runs it by
-default, and quantised to INT8 (by NNCF, on the images made here). All in float32 must give the same maps. They take
-turns in one process; every figure is a median. A
-verdict is what a route makes of images in memory: pre-processing, both networks, map, score, normalisation, thresholds.
-Its parts are timed one by one beside it, as is the decoding that precedes it; teacher and student alone, and both as
-the model runs them. Memory is by how much a call makes the process grow at its highest, the first call for OpenVINO,
-which keeps its memory; on CUDA, the most that torch's allocator holds at a time beyond images and weights.
+machine computes in it, eager and in bfloat16 also with an exponent for each level, as a fit ends by default, and as
+anomalib's OpenVINO export: held to float32 on as many threads, as OpenVINO runs it by default, and quantised to INT8
+(by NNCF, on the images made here). All in float32 without exponents must give the same maps. They take turns in one
+process; every figure is a median. A verdict is what a route makes of images in memory: pre-processing, both networks,
+map, score, normalisation, thresholds. Its parts are timed one by one beside it, as is the decoding that precedes it;
+teacher and student alone, and both as the model runs them. Memory is by how much a call makes the process grow at its
+highest, the first call for OpenVINO, which keeps its memory; on CUDA, the most that torch's allocator holds at a time
+beyond images and weights.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from anomalib.data import Folder, InferenceBatch
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType
 from anomalib.models import Stfpm
-from common import Timer, describe_machine, peak_bytes, print_machine, save, time_in_turns
+from common import LEVEL_WEIGHTS, Timer, describe_machine, peak_bytes, print_machine, save, time_in_turns
 from lightning.pytorch import Callback, Trainer
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -49,6 +50,7 @@ except ImportError:
     openvino = None
 
 SIZE = 256
+WEIGHTED = "exponents"
 PARTS = ("decode, resize", "pre-processing", "teacher", "student", "both", "map", "post-processing")
 Route = Callable[[torch.Tensor], Any]
 
@@ -77,14 +79,17 @@ def _create_untrained(create_model: Callable[..., Any], *arguments: Any, **optio
 
 def make_routes(models: dict[str, Any], device: torch.device, folder: Path, images: Path) -> dict[str, Route]:
     """Return, by name, what takes images to verdicts."""
-    routes: dict[str, Route] = {name: torch.inference_mode()(model) for name, model in models.items()}
-    mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
-    routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"], mode=mode))
+    variants = dict(models)
     for precision in PRECISIONS[1:]:
         if why_not(precision, device.type) is None:
-            reduced = copy.deepcopy(models["StfpmExt"])
-            reduced.model.precision = precision
-            routes[f"StfpmExt, {precision}"] = torch.inference_mode()(reduced)
+            variants[f"StfpmExt, {precision}"] = copy.deepcopy(models["StfpmExt"])
+            variants[f"StfpmExt, {precision}"].model.precision = precision
+    for name in [name for name in variants if name.startswith("StfpmExt")]:
+        variants[f"{name}, {WEIGHTED}"] = copy.deepcopy(variants[name])
+        variants[f"{name}, {WEIGHTED}"].model.level_weights = LEVEL_WEIGHTS
+    routes: dict[str, Route] = {name: torch.inference_mode()(model) for name, model in variants.items()}
+    mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
+    routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"], mode=mode))
     if openvino is None or device.type != "cpu":
         print("without OpenVINO: " + ("not installed" if openvino is None else "it runs on the CPU"))
         return routes
@@ -139,7 +144,7 @@ def measure_routes(routes: dict[str, Route], batch: int, device: torch.device, s
             call()  # folds, compiles
             memory[name] = growth(call) if device.type == "cpu" else peak_bytes(call, device)
         verdict = call()
-        if name.endswith(("OpenVINO", "INT8", *PRECISIONS[1:])):
+        if name.endswith(("OpenVINO", "INT8", WEIGHTED, *PRECISIONS[1:])):
             continue
         torch.testing.assert_close(verdict.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(verdict.pred_score.flatten(), expected.pred_score.flatten(), rtol=1e-3, atol=1e-4)

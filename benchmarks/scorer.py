@@ -17,6 +17,7 @@ import torch
 from anomalib.models.image.stfpm.anomaly_map import AnomalyMapGenerator
 from common import (
     LAYOUTS,
+    LEVEL_WEIGHTS,
     RESNET18,
     CacheEviction,
     describe_machine,
@@ -35,8 +36,6 @@ from anomalib_stfpm_ext import anomaly_map
 from anomalib_stfpm_ext.ops import native
 from anomalib_stfpm_ext.ops.anomaly_map import TENSORS
 from anomalib_stfpm_ext.ops.arguments import check_options
-
-WEIGHTS = (0.5, 1.0, 1.5)  # such as StfpmExt chooses
 
 
 def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: dict[str, float]) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def measure(batch: int, size: int, layout: str, dtype: torch.dtype, bandwidth: d
         "compiled": lambda: compiled(**arguments).amax(dim=(1, 2, 3)),
         "ours": lambda: anomaly_map(teacher, student, (size, size)),
         "ours, out=": lambda: anomaly_map(teacher, student, (size, size), out=out),
-        "ours, weights": lambda: anomaly_map(teacher, student, (size, size), weights=WEIGHTS),
+        "ours, weights": lambda: anomaly_map(teacher, student, (size, size), weights=LEVEL_WEIGHTS),
         "core": lambda: native.anomaly_map(call, torch.get_num_threads()),
     }
     scores = anomaly_map(teacher, student, (size, size))[1]
