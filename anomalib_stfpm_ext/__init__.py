@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""STFPM for anomalib, true to the paper, with a fused scorer.
+"""STFPM for anomalib, with a fused scorer.
 
 Importing the package makes anomalib aware of ``StfpmExt`` and loads nothing else: the public names are imported on
 first use, so that ``anomaly_map`` on NumPy arrays needs no torch, and an interpreter start costs next to nothing.

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -50,11 +51,32 @@ from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
 
 MAX_EPOCHS = 100  # as in the paper
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
+PAPERS_LEARNING_RATE, LARGE_LEARNING_RATE = 0.4, 1.6
 TRANSFORM_KEY = "stfpm_ext_transform"  # of a checkpoint: whether there was one, which anomalib may fail to save
 
 
+def default_learning_rate(student: nn.Module, precise_bn: bool) -> float:
+    """Choose four times the paper's learning rate where that is known to do well.
+
+    Batch norm takes the scale out of the weights before it, and too large a step only increases that scale, so that the
+    next steps are smaller (Arora et al., arXiv 1812.03981). Students without it diverge. Running statistics lag behind
+    large steps, precise ones do not.
+
+    Args:
+        student (nn.Module): The student.
+        precise_bn (bool): See :class:`StfpmExt`.
+
+    Returns:
+        float: The learning rate.
+    """
+    norms = [module for module in student.modules() if isinstance(module, NORMS)]
+    steady = precise_bn and norms and all(isinstance(norm, nn.BatchNorm2d) for norm in norms)
+    return LARGE_LEARNING_RATE if steady else PAPERS_LEARNING_RATE
+
+
 class StfpmExt(ExactExports, AnomalibModule):
-    """Student-Teacher Feature Pyramid Matching, true to the paper (Wang et al., BMVC 2021, arXiv 2103.04257).
+    """Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021, arXiv 2103.04257).
 
     A student learns, from good images only, to match the features of a frozen, pretrained teacher of the same
     architecture at several levels. Where the two differ, there is an anomaly.
@@ -71,7 +93,8 @@ class StfpmExt(ExactExports, AnomalibModule):
         combine_at (str): Where the levels' maps are multiplied: ``"image"``, at the image's size as in the paper, or
             ``"finest"``, at that of the finest level, after which the product is stretched to the image's, as in the
             authors' code. Defaults to ``"image"``.
-        lr (float): Learning rate of SGD. Defaults to ``0.4``, as in the paper.
+        lr (float | None): Learning rate of SGD. Defaults to ``None``: 1.6, or the paper's 0.4 where the student has
+            other normalisation than batch norm, or none, or ``precise_bn`` is off.
         momentum (float): Momentum of SGD. Defaults to ``0.9``, as in the paper.
         weight_decay (float): Weight decay of SGD. Defaults to ``1e-4``, as in the paper.
         held_out_share (float): Share of the good training images that the student never trains on. After every epoch,
@@ -152,7 +175,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         teacher_weights: bool | Path = True,
         combine_at: Literal["image", "finest"] = "image",
-        lr: float = 0.4,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         held_out_share: float = 0.2,
@@ -174,7 +197,8 @@ class StfpmExt(ExactExports, AnomalibModule):
     ) -> None:
         if lr_schedule not in ("constant", "cosine"):
             fail(ValueError, "lr_schedule", "constant or cosine", repr(lr_schedule))
-        for argument, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        rates = {} if lr is None else {"lr": lr}
+        for argument, value in {**rates, "momentum": momentum, "weight_decay": weight_decay}.items():
             if isinstance(value, bool) or not isinstance(value, Real):
                 fail(TypeError, argument, "a number", repr(value))
             if not 0 <= value < math.inf:
@@ -210,7 +234,8 @@ class StfpmExt(ExactExports, AnomalibModule):
         model.precision = self.asked_precision or "float32"
         self.last_trainer: int | None = None  # the id, for Checks
         self.loss = StfpmExtLoss()
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr = default_learning_rate(model.student_model, precise_bn) if lr is None else lr
+        self.momentum, self.weight_decay = momentum, weight_decay
         self.save_teacher = save_teacher
         if teacher_cache is None and teacher_cache_half:
             fail(ValueError, "teacher_cache_half", "False where teacher_cache is None", teacher_cache_half)
@@ -414,7 +439,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             return False
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Set up the paper's SGD for the student, and the schedule of its learning rate.
+        """Set up SGD, the paper's optimizer, for the student, and the schedule of its learning rate.
 
         Returns:
             OptimizerLRScheduler: SGD with the settings given to the model, alone or with a scheduler.

@@ -2,9 +2,9 @@
 
 """Lays out real data and a real teacher for the demo, both from packages: nothing is downloaded.
 
-Data: electroluminescence images of monocrystalline solar cells (ELPV). 80 % of the good cells are for training; the
-rest, and the cells that are defective for certain, for testing. Teacher: EfficientNet-Lite0 with ImageNet weights,
-renamed tensor by tensor to what timm calls them.
+Data: electroluminescence images of solar cells (ELPV), monocrystalline ones unless `--cells poly`. 80 % of the good
+cells are for training; the rest, and the cells that are defective for certain, for testing. Teacher: EfficientNet-Lite0
+with ImageNet weights, renamed tensor by tensor to what timm calls them.
 """
 
 import argparse
@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 TRAIN_SHARE = 0.8
 
 
-def lay_out_cells(root: Path, seed: int = 0) -> dict[str, int]:
-    """Copy the monocrystalline cells into one folder for each of their roles.
+def lay_out_cells(root: Path, kind: str = "mono", seed: int = 0) -> dict[str, int]:
+    """Copy the cells of a kind into one folder for each of their roles.
 
     Args:
         root (Path): Where ``good``, ``good_test`` and ``defective`` are made.
+        kind (str): ``"mono"`` or ``"poly"``.
         seed (int): Decides which good cells are for training.
 
     Returns:
@@ -34,7 +35,7 @@ def lay_out_cells(root: Path, seed: int = 0) -> dict[str, int]:
     """
     source = Path(str(files("elpv_dataset"))) / "data"
     with (source / "labels.csv").open() as labels:
-        rows = [row for row in csv.reader(labels, delimiter=" ", skipinitialspace=True) if row[2] == "mono"]
+        rows = [row for row in csv.reader(labels, delimiter=" ", skipinitialspace=True) if row[2] == kind]
     good = [source / path for path, probability, _ in rows if float(probability) == 0]
     good = [good[index] for index in np.random.default_rng(seed).permutation(len(good))]
     train_count = round(TRAIN_SHARE * len(good))
@@ -73,9 +74,11 @@ def main() -> None:
     """Prepare the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="folder for images and weights")
-    output = parser.parse_args().output
+    parser.add_argument("--cells", choices=["mono", "poly"], default="mono", help="poly is laid out in elpv_poly")
+    arguments = parser.parse_args()
+    output = arguments.output
     convert_teacher(output / "tf_efficientnet_lite0.safetensors")
-    counts = lay_out_cells(output / "elpv")
+    counts = lay_out_cells(output / ("elpv" if arguments.cells == "mono" else "elpv_poly"), arguments.cells)
     print(f"{output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

@@ -131,11 +131,25 @@ def test_an_untrained_model_scores(model):
     assert result.pred_score.isfinite().all()
 
 
-def test_paper_defaults_and_settings(resnet18_weights):
-    optimizer = StfpmExt(teacher_weights=resnet18_weights).configure_optimizers()
+@pytest.mark.parametrize(
+    ("backbone", "options", "lr"),
+    [
+        ("resnet18", {}, 1.6),
+        ("resnet18", {"precise_bn": False}, 0.4),
+        ("resnet18", {"lr": 0.4}, 0.4),
+        ("test_convnext", {}, 0.4),  # it has layer norm
+        ("vgg11", {}, 0.4),  # it has none
+        ("vgg11_bn", {}, 1.6),
+    ],
+)
+def test_defaults_and_settings_of_sgd(backbone, options, lr):
+    layers = {"resnet18": ["layer1"], "vgg11": ["features.4"], "vgg11_bn": ["features.6"], **TINY_BACKBONES}
+    model = StfpmExt(backbone, layers[backbone], teacher_weights=False, **options)
+    optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     settings = [optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening")]
-    assert settings == [0.4, 0.9, 1e-4, False, 0]
+    assert settings == [lr, 0.9, 1e-4, False, 0]
+    assert model.lr == lr
     optimizer = StfpmExt(teacher_weights=False, lr=0.1, momentum=0.5, weight_decay=0).configure_optimizers()
     assert [optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay")] == [0.1, 0.5, 0]
 

@@ -28,13 +28,14 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..errors import fail
 from ..files import write_file
 from ..images import read_image
-from ..lightning_model import StfpmExt
+from ..lightning_model import PAPERS_LEARNING_RATE, StfpmExt
 from ..metrics import measure
 from ..visualization import draw_sheet, pick
 from .datasets import Category, leave_out_junk
 from .tables import write_tables
 
-PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False}  # where StfpmExt's defaults are others
+# Where StfpmExt's defaults are others.
+PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False, "lr": PAPERS_LEARNING_RATE}
 PR_SET_PDEATHSIG = 1  # of prctl, from Linux's headers
 
 
