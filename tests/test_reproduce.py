@@ -24,6 +24,7 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resiz
 from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.cli import main
 from anomalib_stfpm_ext.metrics import measure, rescaled_pro
+from anomalib_stfpm_ext.reproduce.command import make_parser
 from anomalib_stfpm_ext.reproduce.tables import PUBLISHED, make_table, to_markdown
 from anomalib_stfpm_ext.visualization import pick
 
@@ -260,6 +261,11 @@ def test_any_folder_of_that_layout(mvtec_ad, small, tmp_path):
         assert table.index.tolist() == ["tiles", "mean of these 1"]
         assert table.loc["tiles"].filter(like=" ours").between(0, 1).all()
     assert run_of(tmp_path / "one", "tiles", 0)["images"] == {"train": 6, "good": 3, "defective": 4}
+
+
+def test_the_papers_rules_are_the_default():
+    defaults = make_parser().get_defaults()
+    assert [defaults[name] for name in ("lr", "selection", "precise_bn")] == [0.4, "held_out_map", False]
 
 
 def test_results_of_before_an_argument_came_are_of_its_default(output, mvtec_ad, with_resnet18):
