@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def score_cells(
     """
     cells.setup()
     stfpm, timer = model.eval().model, PartTimer()
+    score_features = partial(anomaly_map, weights=stfpm.level_weights)
     paths, scores, labels, maps = [], [], [], []
     for item in track(cells.test_data, description="scoring"):
         image = timer("resize, normalise", model.pre_processor.transform, item.image[None])
         teacher = timer("teacher", stfpm.teacher_model, image)
         student = timer("student", stfpm.student_model, image)
-        amap, score = timer("map", anomaly_map, teacher, student, image.shape[-2:])
+        amap, score = timer("map", score_features, teacher, student, image.shape[-2:])
         paths.append(Path(item.image_path))
         scores.append(score)
         labels.append(item.gt_label)
