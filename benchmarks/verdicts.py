@@ -273,7 +273,7 @@ def plot(runs: list[dict[str, Any]], file: Path) -> None:
         (OURS, "weighted_image_AUROC"): ("C3", OURS),
         (ANOMALIB, "image_AUROC"): ("C2", ANOMALIB),
     }
-    for axis, name in zip(axes, names, strict=False):
+    for axis, name in zip(axes[: len(names)], names, strict=True):
         for (variant, key), (colour, label) in lines.items():
             of_name = [run for run in runs if (run["data"], run["backbone"], run["variant"]) == (*name, variant)]
             for index, run in enumerate(of_name):

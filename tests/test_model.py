@@ -136,6 +136,7 @@ def test_an_untrained_model_scores(model):
     [
         ("resnet18", {}, 1.6),
         ("resnet18", {"precise_bn": False}, 0.4),
+        ("resnet18", {"selection": "held_out_map"}, 0.4),
         ("resnet18", {"lr": 0.4}, 0.4),
         ("test_convnext", {}, 0.4),  # it has layer norm
         ("vgg11", {}, 0.4),  # it has none
