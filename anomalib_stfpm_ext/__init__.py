@@ -8,6 +8,8 @@ first use, so that ``anomaly_map`` on NumPy arrays needs no torch, and an interp
 
 import _anomalib_stfpm_ext_autoload  # noqa: F401  # where no .pth file was read, as under PYTHONPATH
 
+from . import old_names  # noqa: F401
+
 TYPE_CHECKING = False  # typing's, without the import
 if TYPE_CHECKING:
     from .lightning_model import StfpmExt

@@ -15,9 +15,9 @@ from torch import nn
 from typing_extensions import Self
 
 from ._compat import descendants, has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, versions
-from .acceleration.folding import fold
 from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name, torch_hub_file
 from .errors import fail
+from .inference.folding import fold
 from .weights import load_tensors, read_file
 
 WEIGHTS_VARIABLE = "STFPM_EXT_TEACHER_WEIGHTS"  # for programs that pass no arguments, as anomalib Studio

@@ -28,7 +28,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from ._compat import replace_image_threshold
-from .acceleration.mixed_precision import DepthwiseGradients
 from .backbones import pretrained_config
 from .callbacks.allocator import AllocatorTuning
 from .callbacks.checks import Checks
@@ -41,11 +40,12 @@ from .callbacks.scoring_precision import InferencePrecision, ScoringPrecision, c
 from .callbacks.student_selection import Selection, StudentSelection
 from .callbacks.teacher_cache import CacheLocation, TeacherCache
 from .checkpoints import bring_back, check_network, leave_out, load_content, name_network, restore_tiler
+from .depthwise import DepthwiseGradients
 from .errors import fail
 from .exports import ExactExports
+from .inference.post_processing import FewPassPostProcessor
+from .inference.threshold import MiddleThreshold
 from .loss import StfpmExtLoss
-from .post_processing import FewPassPostProcessor
-from .threshold import MiddleThreshold
 from .torch_model import CompileMode, StfpmExtModel
 from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
@@ -147,7 +147,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
             as the teacher was trained. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. ``True``: anomalib's
-            default. Its threshold of image scores is :class:`.threshold.MiddleThreshold`. Defaults to ``True``.
+            default. Its threshold of image scores is :class:`.MiddleThreshold`. Defaults to ``True``.
         evaluator (Evaluator | bool): Computes the metrics. ``True``: anomalib's default. Defaults to ``True``.
         visualizer (Visualizer | bool): Draws the results. ``True``: anomalib's pictures, drawn beside the scoring.
             Defaults to ``True``.

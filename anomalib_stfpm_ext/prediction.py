@@ -13,8 +13,8 @@ from anomalib.deploy import TorchInferencer
 from anomalib.post_processing import PostProcessor
 
 from .callbacks.checks import check_crop
+from .data.images import check_image
 from .errors import fail
-from .images import check_image
 from .lightning_model import StfpmExt
 from .weights import read_file
 
@@ -99,7 +99,7 @@ class Predictor:
         """Score an image.
 
         Args:
-            image (torch.Tensor): The image ``(3, H, W)`` as :func:`.images.read_image` reads it: floats of 0 to 1,
+            image (torch.Tensor): The image ``(3, H, W)`` as :func:`.data.images.read_image` reads it: floats of 0 to 1,
                 neither 0 to 255 nor normalised, since the model normalises them itself.
 
         Returns:

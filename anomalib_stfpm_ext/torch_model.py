@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ._compat import register_namedtuple
-from .acceleration.concurrent import can_run_concurrently, run_concurrently
-from .acceleration.precision import Precision, dtype_on
 from .errors import fail
 from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher, is_traced
+from .inference.concurrent import can_run_concurrently, run_concurrently
+from .inference.precision import Precision, dtype_on
 from .ops.anomaly_map import has_kernel
 from .ops.arguments import check_options
 from .ops.reference import combine_levels, formula, squared_distance
@@ -58,7 +58,7 @@ class StfpmExtModel(nn.Module):
         level_weights (tuple[float, ...] | None): The exponent of each level's map in the product, in the order of
             ``layers``, chosen by ``StfpmExt(selection="synthetic")``; ``None`` for 1 each, as in the paper.
         precision (Precision): What both networks compute in when they score images, where that is of use; see
-            :func:`.acceleration.precision.dtype_on`. Training, exports for ONNX and gradients are of float32.
+            :func:`.inference.precision.dtype_on`. Training, exports for ONNX and gradients are of float32.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
 
     Example:

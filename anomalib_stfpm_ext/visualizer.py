@@ -12,9 +12,9 @@ from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
 
+from .data.images import is_deep, read_image
+from .data.transforms import seen, shows_all
 from .errors import fail
-from .images import is_deep, read_image
-from .transforms import seen, shows_all
 
 # zlib's fastest: the same pixels in files that are a little larger, in a fifth of the time.
 COMPRESSION = 1

@@ -22,7 +22,7 @@ from pipeline import make_images, make_models
 from rich.console import Console
 from rich.table import Table
 
-from anomalib_stfpm_ext.acceleration.precision import why_not
+from anomalib_stfpm_ext.inference.precision import why_not
 from anomalib_stfpm_ext.visualizer import BackgroundImageVisualizer
 
 

@@ -42,7 +42,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
-from anomalib_stfpm_ext.acceleration.precision import PRECISIONS, why_not
+from anomalib_stfpm_ext.inference.precision import PRECISIONS, why_not
 
 try:
     import openvino

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
 
+from anomalib_stfpm_ext.data.images import find_images
 from anomalib_stfpm_ext.feature_pyramid import WEIGHTS_VARIABLE
-from anomalib_stfpm_ext.images import find_images
 
 MODEL = "stfpm_ext"
 ENDS = {"completed", "failed", "canceled"}

@@ -45,11 +45,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from matplotlib import pyplot as plt
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
 from anomalib_stfpm_ext.lightning_model import PAPERS_LEARNING_RATE
 from anomalib_stfpm_ext.metrics import METRICS, measure
 from anomalib_stfpm_ext.ops.reference import squared_distance
 from anomalib_stfpm_ext.reproduce.runs import draw_contact_sheet
+from anomalib_stfpm_ext.selection.students import Measurement, best_of
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"backbone": "resnet18", "layers": ["layer1", "layer2", "layer3"]},

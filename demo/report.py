@@ -21,7 +21,7 @@ from rich.table import Table
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
-from anomalib_stfpm_ext.visualization import PICTURES_PER_ROW, draw_histogram, draw_sheet, pick
+from anomalib_stfpm_ext.figures import PICTURES_PER_ROW, draw_histogram, draw_sheet, pick
 
 
 class PartTimer:

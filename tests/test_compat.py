@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
 
 from anomalib_stfpm_ext import _compat
-from anomalib_stfpm_ext.threshold import MiddleThreshold
+from anomalib_stfpm_ext.inference.threshold import MiddleThreshold
 
 
 def test_transforms_are_seen():

@@ -24,8 +24,8 @@ from anomalib_stfpm_ext import Predictor, StfpmExt
 from anomalib_stfpm_ext import images as images_module
 from anomalib_stfpm_ext._compat import data_source
 from anomalib_stfpm_ext.convert import save_checkpoint
-from anomalib_stfpm_ext.images import find_images, read_image, read_right
-from anomalib_stfpm_ext.visualization import measure_levels
+from anomalib_stfpm_ext.data.images import find_images, read_image, read_right
+from anomalib_stfpm_ext.figures import measure_levels
 
 VALUES = np.arange(256, dtype=np.uint8).reshape(16, 16)  # of 8 bits
 DEEP = VALUES.astype(np.uint16) * 257

@@ -23,10 +23,10 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resiz
 
 from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.cli import main
+from anomalib_stfpm_ext.figures import pick
 from anomalib_stfpm_ext.metrics import measure, rescaled_pro
 from anomalib_stfpm_ext.reproduce.command import make_parser
 from anomalib_stfpm_ext.reproduce.tables import PUBLISHED, make_table, to_markdown
-from anomalib_stfpm_ext.visualization import pick
 
 
 @pytest.fixture

@@ -30,9 +30,9 @@ from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
 from anomalib_stfpm_ext.backbones import pretrained_name
 from anomalib_stfpm_ext.cli import draw
 from anomalib_stfpm_ext.convert import save_checkpoint
+from anomalib_stfpm_ext.data.images import check_file
 from anomalib_stfpm_ext.feature_pyramid import Teacher
 from anomalib_stfpm_ext.files import lock
-from anomalib_stfpm_ext.images import check_file
 from anomalib_stfpm_ext.watch.service import watch
 from anomalib_stfpm_ext.watch.table import ScoreTable
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Pad, Resize
 
 from anomalib_stfpm_ext import StfpmExt, visualizer
-from anomalib_stfpm_ext.transforms import seen, shows_all
+from anomalib_stfpm_ext.data.transforms import seen, shows_all
 from anomalib_stfpm_ext.visualizer import BackgroundImageVisualizer
 
 NORMALIZE = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import CenterCrop, Normalize, Resize
 
 from .._compat import check_fixed, is_compiled
 from ..backbones import pretrained_config
+from ..data.images import check_file, image_paths
+from ..data.transforms import parts, shows_all
 from ..errors import fail
-from ..images import check_file, image_paths
-from ..transforms import parts, shows_all
 
 PAPER_STEPS = 700  # about: 100 epochs of a category of MVTec AD, of whose images a fifth is held out
 

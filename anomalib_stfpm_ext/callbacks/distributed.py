@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from .._compat import data_source, replace_layer_sync, uses_distributed_sampler
-from .hold_out import same_loader
+from ..selection.hold_out import same_loader
 
 
 class StudentSync(LayerSync):

@@ -11,13 +11,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from .._compat import data_source
-from ..images import read_right, refuse_deep
+from ..data.images import read_right, refuse_deep
+from ..selection.hold_out import same_loader
 from .fit_resource import FitResource
-from .hold_out import same_loader
 
 
 class ImageReading(FitResource):
-    """Has loaders of anomalib's data sets read images by :func:`.images.read_image`, and name a file that is broken.
+    """Has loaders of anomalib's data sets read images by :func:`.read_image`, and name a file that is broken.
 
     The loaders are other ones: neither the user's nor his data module and data sets are changed, nor is anomalib.
     """

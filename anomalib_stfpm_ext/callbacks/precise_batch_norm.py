@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import update_bn
 
+from ..selection.students import check_strategy
 from .fit_resource import FitResource
 from .student_selection import StudentSelection
-from .students import check_strategy
 
 NUM_IMAGES = 64  # at least, in whole batches; five times as many move the AUROC by no more than 0.004
 

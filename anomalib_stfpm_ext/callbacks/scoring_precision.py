@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.precision import Precision as FullPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ..acceleration.precision import PRECISIONS, Precision, dtype_on, why_not
 from ..errors import fail
-from .judge import Judge
+from ..inference.precision import PRECISIONS, Precision, dtype_on, why_not
+from ..selection.judge import Judge
 from .student_selection import StudentSelection
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..checkpoints import NETWORK_KEY, STUDENT_PREFIX
 from ..errors import fail
+from ..selection.hold_out import check_share, hold_out
+from ..selection.judge import Judge
+from ..selection.students import Measurement, Students, check_strategy
 from .finite_loss import fail_as_diverged, where
 from .fit_resource import FitResource
-from .hold_out import check_share, hold_out
-from .judge import Judge
-from .students import Measurement, Students, check_strategy
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class StudentSelection(FitResource):
         """The measurement of the student that is kept.
 
         Returns:
-            Measurement | None: See :func:`.students.best_of`; ``None`` before the first.
+            Measurement | None: See :func:`.selection.students.best_of`; ``None`` before the first.
         """
         return self.students.best if self.students else None
 

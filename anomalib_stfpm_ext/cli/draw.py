@@ -11,11 +11,11 @@ from anomalib.data.utils import read_mask
 from rich.progress import track
 from torchvision.tv_tensors import Mask
 
+from ..data.images import find_images, read_image
+from ..data.transforms import seen, shows_all
 from ..errors import fail
-from ..images import find_images, read_image
+from ..figures import draw_histogram, draw_levels, measure_levels, raw_threshold
 from ..prediction import load_model
-from ..transforms import seen, shows_all
-from ..visualization import draw_histogram, draw_levels, measure_levels, raw_threshold
 
 
 def levels(

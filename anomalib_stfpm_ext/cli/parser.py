@@ -8,8 +8,7 @@ from typing import Any
 
 import jsonargparse
 
-from .. import __main__ as diagnosis
-from .. import reproduce, watch
+from .. import diagnosis, reproduce, watch
 from .convert import from_anomalib, from_authors, to_authors
 from .draw import histogram, levels
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from anomalib.post_processing import PostProcessor
 
-from ..post_processing import FewPassPostProcessor
+from ..inference.post_processing import FewPassPostProcessor
 from ..torch_model import StfpmExtModel
 
 

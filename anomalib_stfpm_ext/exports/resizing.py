@@ -10,8 +10,8 @@ from anomalib.pre_processing import PreProcessor
 from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize, Transform, functional
 
+from ..data.transforms import steps
 from ..errors import fail
-from ..transforms import steps
 
 # Whatever torchvision takes: mode, its name or PIL's number. The nearest are never antialiased.
 BILINEAR = (InterpolationMode.BILINEAR, "bilinear", 2)

@@ -12,8 +12,8 @@ from anomalib.data.datamodules.image.visa import VISA_CATEGORIES
 from anomalib.data.datasets.image import mvtecad, visa
 from anomalib.data.utils.image import is_image_file
 
+from ..data.images import is_junk
 from ..errors import fail
-from ..images import is_junk
 
 
 @dataclass(frozen=True)

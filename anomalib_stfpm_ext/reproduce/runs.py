@@ -25,12 +25,12 @@ from anomalib.pipelines.components.base import Job, JobGenerator
 from anomalib.visualization.image.functional import overlay_image, visualize_anomaly_map
 from torchvision.transforms.v2.functional import to_pil_image
 
+from ..data.images import read_image
 from ..errors import fail
+from ..figures import draw_sheet, pick
 from ..files import write_file
-from ..images import read_image
 from ..lightning_model import PAPERS_LEARNING_RATE, StfpmExt
 from ..metrics import measure
-from ..visualization import draw_sheet, pick
 from .datasets import Category, leave_out_junk
 from .tables import write_tables
 

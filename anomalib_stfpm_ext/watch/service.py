@@ -14,10 +14,10 @@ from anomalib.data import ImageBatch
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
+from ..data.images import read_image
+from ..data.transforms import seen, shows_all
 from ..errors import fail
-from ..images import read_image
 from ..prediction import Predictor
-from ..transforms import seen, shows_all
 from .folder import Arrivals, Version
 from .messages import printable, tell
 from .table import COLUMNS, ScoreTable

@@ -11,10 +11,10 @@ from anomalib.engine import Engine
 from helpers import QUIET, folder, skip_unless_computed
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
-from anomalib_stfpm_ext.acceleration import precision
-from anomalib_stfpm_ext.acceleration.precision import dtype_on, why_not
 from anomalib_stfpm_ext.callbacks import scoring_precision
 from anomalib_stfpm_ext.callbacks.scoring_precision import ScoringPrecision, Trial
+from anomalib_stfpm_ext.inference import precision
+from anomalib_stfpm_ext.inference.precision import dtype_on, why_not
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def any_machine(monkeypatch):
 @pytest.fixture
 def told(monkeypatch):
     said: list[str] = []
-    for module in ("callbacks.scoring_precision", "acceleration.precision", "exports"):
+    for module in ("callbacks.scoring_precision", "inference.precision", "exports"):
         for function in ("rank_zero_warn", "rank_zero_info"):
             target = f"anomalib_stfpm_ext.{module}.{function}"
             monkeypatch.setattr(target, lambda message, *_, **__: said.append(str(message)), raising=False)

@@ -36,10 +36,10 @@ from torchvision.transforms import v2
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
 from anomalib_stfpm_ext.callbacks import finite_loss, judge
-from anomalib_stfpm_ext.callbacks.hold_out import split
 from anomalib_stfpm_ext.callbacks.student_selection import CHECKPOINT_KEY, NETWORK_KEY, STUDENT_PREFIX
-from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
-from anomalib_stfpm_ext.callbacks.synthetic import add_anomaly
+from anomalib_stfpm_ext.selection.hold_out import split
+from anomalib_stfpm_ext.selection.students import Measurement, best_of
+from anomalib_stfpm_ext.selection.synthetic import add_anomaly
 
 
 @pytest.fixture
@@ -774,7 +774,7 @@ from anomalib.data import Folder
 from anomalib.data.datasets.base import image as anomalib_dataset
 from anomalib.engine import Engine
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.callbacks import judge
+from anomalib_stfpm_ext.selection import judge
 
 images, weights, output = sys.argv[1:]
 read_image = anomalib_dataset.read_image

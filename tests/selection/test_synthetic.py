@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from anomalib_stfpm_ext.callbacks.students import Measurement, best_of
-from anomalib_stfpm_ext.callbacks.synthetic import KINDS, add_anomaly, level_weights, mean_auroc
+from anomalib_stfpm_ext.selection.students import Measurement, best_of
+from anomalib_stfpm_ext.selection.synthetic import KINDS, add_anomaly, level_weights, mean_auroc
 
 
 @pytest.mark.parametrize("index", range(2 * len(KINDS)))

@@ -12,7 +12,7 @@ from skimage.draw import disk
 from anomalib_stfpm_ext import StfpmExt, visualization
 from anomalib_stfpm_ext.cli import main
 from anomalib_stfpm_ext.convert import save_checkpoint
-from anomalib_stfpm_ext.visualization import LevelMaps, draw_histogram, draw_levels, measure_levels, raw_threshold
+from anomalib_stfpm_ext.figures import LevelMaps, draw_histogram, draw_levels, measure_levels, raw_threshold
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_stfpm_ext.acceleration.pooling import InferenceMaxPool2d, is_plain
+from anomalib_stfpm_ext.inference.pooling import InferenceMaxPool2d, is_plain
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

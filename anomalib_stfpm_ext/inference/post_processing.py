@@ -9,7 +9,7 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 
-from .feature_pyramid import is_traced
+from ..feature_pyramid import is_traced
 
 
 class FewPassPostProcessor(PostProcessor):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anomalib_stfpm_ext import StfpmExtModel, torch_model
-from anomalib_stfpm_ext.acceleration.concurrent import can_run_concurrently, run_concurrently
+from anomalib_stfpm_ext.inference.concurrent import can_run_concurrently, run_concurrently
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.post_processing import FewPassPostProcessor
+from anomalib_stfpm_ext.inference.post_processing import FewPassPostProcessor
 
 STATE = {
     "image_min": 0.1,

@@ -21,8 +21,8 @@ from torch.utils.data import (
 )
 
 from .._compat import data_source, forget_loader
+from ..data.images import read_right
 from ..errors import fail
-from ..images import read_right
 
 
 def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader[Any]]:

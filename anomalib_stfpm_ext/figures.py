@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
+from .data.images import check_image
 from .errors import fail
 from .exports.resizing import pre_process
-from .images import check_image
 from .lightning_model import StfpmExt
 from .scorer import anomaly_map
 
@@ -77,7 +77,7 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
 
     Args:
         model (StfpmExt): The model, in evaluation mode.
-        image (torch.Tensor): The image ``(3, H, W)`` as :func:`.images.read_image` reads it: floats of 0 to 1, neither
+        image (torch.Tensor): The image ``(3, H, W)`` as :func:`.read_image` reads it: floats of 0 to 1, neither
             0 to 255 nor normalised, since the model normalises them itself.
 
     Returns:

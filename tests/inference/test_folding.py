@@ -14,9 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from anomalib_stfpm_ext import StfpmExt, feature_pyramid
 from anomalib_stfpm_ext.__main__ import diagnose
-from anomalib_stfpm_ext.acceleration import folding
-from anomalib_stfpm_ext.acceleration.folding import PackedConv2d, fold, why_not_packed
 from anomalib_stfpm_ext.feature_pyramid import Student
+from anomalib_stfpm_ext.inference import folding
+from anomalib_stfpm_ext.inference.folding import PackedConv2d, fold, why_not_packed
 
 
 @pytest.fixture

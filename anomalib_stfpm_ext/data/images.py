@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import ConcatDataset, Subset, get_worker_info
 from torchvision import tv_tensors
 
-from .errors import fail
+from ..errors import fail
 
 logger = logging.getLogger(__name__)
 

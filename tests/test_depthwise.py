@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from anomalib_stfpm_ext.acceleration import mixed_precision
-from anomalib_stfpm_ext.acceleration.mixed_precision import DepthwiseGradients
+from anomalib_stfpm_ext import depthwise
+from anomalib_stfpm_ext.depthwise import DepthwiseGradients
 
 CONVOLUTIONS = {
     "stride": nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False),
@@ -21,13 +21,13 @@ CONVOLUTIONS = {
 @pytest.fixture
 def calls(monkeypatch):
     calls = []
-    original = mixed_precision._GroupedConvolution.apply
+    original = depthwise._GroupedConvolution.apply
 
     def apply(*arguments):
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(mixed_precision._GroupedConvolution, "apply", apply)
+    monkeypatch.setattr(depthwise._GroupedConvolution, "apply", apply)
     return calls
 
 
