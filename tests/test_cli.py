@@ -3,8 +3,6 @@
 """The command ``stfpm-ext``: its subcommands, their options and errors."""
 
 import csv
-import subprocess
-import sys
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -113,21 +111,3 @@ def test_lists_are_lists(tmp_path):
     options = ["--data", "MVTecAD", "--root", str(tmp_path), "--seeds", "[0,1]", "--categories", "[bottle,pill]"]
     with pytest.raises(SystemExit, match=r"ValueError: categories: wanted some of bottle, .* got pill"):
         main(["reproduce", *options])
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "place"),
-    [
-        ("bridges", ["write-authors", "{checkpoint}", "{output}"], "stfpm-ext convert"),
-        ("pictures", ["levels", "{checkpoint}", "{folder}", "{output}"], "stfpm-ext draw"),
-    ],
-)
-def test_former_commands_work_and_name_the_new_ones(module, arguments, place, checkpoint, folder, tmp_path):
-    output = tmp_path / "output"
-    given = [argument.format(checkpoint=checkpoint, folder=folder, output=output) for argument in arguments]
-    command = [sys.executable, "-m", f"anomalib_stfpm_ext.{module}", *given]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "FutureWarning" in result.stderr
-    assert place in result.stderr
-    assert output.exists()

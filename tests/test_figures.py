@@ -34,7 +34,7 @@ def checkpoint(model, tmp_path_factory):
 @pytest.fixture
 def figures(monkeypatch):
     """Hand out the figures instead of pictures of them."""
-    monkeypatch.setattr(visualization, "_render", lambda figure: figure)
+    monkeypatch.setattr(figures, "_render", lambda figure: figure)
 
 
 def two_levels(value: float) -> LevelMaps:
