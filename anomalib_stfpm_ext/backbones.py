@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 _TORCHVISION = "https://download.pytorch.org/models"
@@ -92,9 +93,9 @@ def pretrained_config(backbone: str) -> Any:
         backbone (str): timm's name of the network, with or without a tag.
 
     Returns:
-        Any: The notes.
+        Any: The notes; of a network without any, which a user has registered, timm's defaults: ImageNet's statistics.
     """
-    return timm.get_pretrained_cfg(pretrained_name(backbone))
+    return timm.get_pretrained_cfg(pretrained_name(backbone)) or PretrainedCfg()
 
 
 def torch_hub_file(name: str) -> Path | None:

@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints: read without running code from them, for one network alone, and saved without the teacher if wanted.
+"""Checkpoints: one writer and one reader. They run no code of a file, and a file is for one network alone.
 
-The teacher is half of the model, and many models share it. A checkpoint without it names it instead.
+Lightning writes weights, exponents, precision, threshold and range with the model's state dict. Beside them, under
+:data:`KEY`, stands what says of which network they are, and what a fit needs to go on. The teacher is half of the
+model, and many models share it: a checkpoint may name it instead.
 """
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data.utils.tiler import ImageUpscaleMode, Tiler
+from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ._compat import safe_globals
+from ._compat.lightning import is_fitting
+from .callbacks.scoring_dtype import tell_other
 from .errors import fail
 from .feature_pyramid import Teacher
-from .torch_model import StfpmExtModel
+from .inference.precision import PRECISIONS, Precision
+from .selection.record import POST_PROCESSOR_PREFIX, SCORING, STUDENT_PREFIX
+from .torch_model import StfpmExtModel, encode_scoring
 
-CHECKPOINT_KEY = "stfpm_ext_teacher"
-NETWORK_KEY = "stfpm_ext_network"
-TEACHER_PREFIX = "model.teacher_model."  # of the teacher's tensors in a checkpoint's state_dict
-STUDENT_PREFIX = "model.student_model."
+if TYPE_CHECKING:
+    from .lightning_model import StfpmExt
+
+KEY, VERSION = "stfpm_ext", 3  # files of 0.1 are of version 1, those of 0.2 and until December 2026 of version 2
+TEACHER_PREFIX = "model.teacher_model."  # of the teacher's tensors in the state dict
 
 
 def load_content(path: str) -> dict[str, Any]:
@@ -36,7 +43,7 @@ def load_content(path: str) -> dict[str, Any]:
     Raises:
         ValueError: If it has no state dict.
     """
-    with safe_globals():
+    with anomalib_safe_globals():
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         msg = "it has no state_dict"
@@ -47,32 +54,169 @@ def load_content(path: str) -> dict[str, Any]:
     return content
 
 
-def name_network(checkpoint: dict[str, Any], model: StfpmExtModel) -> None:
-    """Say in a checkpoint which network it is of, how images are cut into tiles for it, and how it scores.
+def write(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
+    """Complete the checkpoint that Lightning and anomalib have made of a model.
 
     Args:
-        checkpoint (dict[str, Any]): The checkpoint, which is changed.
-        model (StfpmExtModel): The networks.
+        checkpoint (dict[str, Any]): The checkpoint, which is changed: within a fit, it gets the student that is kept.
+        model (StfpmExt): The model.
     """
-    checkpoint[NETWORK_KEY] = {
-        "backbone": model.teacher_model.backbone,
-        "layers": model.teacher_model.layers,
-        "combine_at": model.combine_at,
-        "tiling": describe_tiler(model.tiler),
-        "precision": model.precision,
-        "level_weights": model.level_weights,
+    network, teacher, selection = model.model, model.model.teacher_model, model.student_selection
+    kept, fit = selection.before_saving(model), selection.state()
+    checkpoint["state_dict"].update(kept)
+    # anomalib's post-processor is module and callback at once, and Lightning saves both.
+    state = checkpoint.get("callbacks", {}).get(getattr(model.post_processor, "state_key", None), {})
+    state.update({name: kept[POST_PROCESSOR_PREFIX + name] for name in state if POST_PROCESSOR_PREFIX + name in kept})
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "network": {
+            "backbone": teacher.backbone,
+            "layers": teacher.layers,
+            "combine_at": network.combine_at,
+            "tiling": _describe_tiler(network.tiler),
+        },
+        "has_transform": getattr(model.pre_processor, "transform", None) is not None,  # anomalib may fail to save it
+        "teacher": None,
+        "fit": fit and {**fit, "precise_bn": model.precise_bn},
+    }
+    if not model.save_teacher:
+        tensors = teacher.state_dict()
+        for name in tensors:
+            checkpoint["state_dict"].pop(TEACHER_PREFIX + name, None)  # a sharded state is not all here
+        named = {"backbone": teacher.backbone, "layers": teacher.layers, "sha256": checksum(tensors)}
+        checkpoint[KEY]["teacher"] = named
+
+
+def read(checkpoint: dict[str, Any], model: "StfpmExt") -> dict[str, Any] | None:
+    """Prepare a checkpoint for anomalib and Lightning to load into a model, and the model for it.
+
+    Args:
+        checkpoint (dict[str, Any]): The checkpoint, of this package or of anomalib's ``Stfpm``. It is changed.
+        model (StfpmExt): The model.
+
+    Returns:
+        dict[str, Any] | None: What the fit needs to go on; ``None`` if it held no images out.
+
+    Raises:
+        ValueError: If it is of another network or teacher, or of a newer version; in a fit, if tiles or ``combine_at``
+            are others, or the fit had options that this version has not.
+    """
+    teacher = model.model.teacher_model
+    if not any(name.startswith(STUDENT_PREFIX) for name in checkpoint["state_dict"]):
+        fail(ValueError, "checkpoint", "one of StfpmExt or Stfpm", "another model's, without a student")
+    if KEY not in checkpoint:
+        checkpoint[KEY] = _upgraded(checkpoint, len(teacher.layers))
+    content: dict[str, Any] = checkpoint[KEY]
+    if content["version"] > VERSION:
+        wanted = f"one of version {VERSION} at most, or a newer anomalib-stfpm-ext"
+        fail(ValueError, "checkpoint", wanted, f"version {content['version']}")
+    network = content["network"]
+    backbone, layers = network.get("backbone", teacher.backbone), network.get("layers", teacher.layers)
+    if backbone.partition(".")[0] != teacher.backbone.partition(".")[0]:  # the weights' tag may be another
+        fail(ValueError, "backbone", f"{backbone} as in the checkpoint", teacher.backbone)
+    if list(layers) != teacher.layers:
+        fail(ValueError, "layers", f"{list(layers)} as in the checkpoint", teacher.layers)
+    if content["teacher"]:
+        _bring_back(checkpoint["state_dict"], teacher, content["teacher"])
+    if "tiling" in network:
+        _restore_tiler(model.model, network["tiling"], must_match=is_fitting(model))
+    if is_fitting(model):
+        _check_settings(checkpoint, model)
+    _keep_given(checkpoint, model)
+    _score_as_asked(checkpoint, model)
+    fit: dict[str, Any] | None = content["fit"]
+    return fit
+
+
+def _keep_given(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
+    """Leave in force what was given beside the checkpoint, and say so; anomalib would replace it in silence."""
+    before = {name: checkpoint.get(f"anomalib_{name}_config") for name in model.given}
+    for name, saved in before.items():
+        component: Any = getattr(model, name)
+        if model.given[name] and saved is not None and hasattr(component, "checkpoint_config"):
+            checkpoint[f"anomalib_{name}_config"] = component.checkpoint_config()
+            if checkpoint[f"anomalib_{name}_config"] != saved:
+                rank_zero_warn(f"{name}: what was given is in force, and differs from the checkpoint's: {saved}")
+    lost = before["pre_processor"] == {"transform": None} and checkpoint[KEY]["has_transform"]
+    if lost and not model.given["pre_processor"] and model.pre_processor:
+        wanted = "the one of the training, since the checkpoint could not hold it (PreProcessor() for none)"
+        fail(ValueError, "pre_processor", wanted, "none")
+
+
+def _score_as_asked(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
+    """Have the student score in the precision that model or trainer ask for, if they do.
+
+    Threshold and range are of the precision before. A fit that goes on sets them anew; otherwise a warning says so.
+    """
+    asked = model.asked_precision
+    if asked is None:
+        return
+    state = checkpoint["state_dict"]
+    scoring = state[SCORING].clone()
+    before: Precision = PRECISIONS[int(scoring[0])]
+    if is_fitting(model):
+        asked = model.model.precision  # where the machine is fast in what is asked for
+        of_processor = checkpoint.get("callbacks", {}).get(getattr(model.post_processor, "state_key", None), {})
+        stale = [*of_processor.values(), *(state[name] for name in state if name.startswith(POST_PROCESSOR_PREFIX))]
+        for statistic in stale if asked != before else ():
+            if statistic.is_floating_point():
+                statistic.fill_(torch.nan)
+    else:
+        tell_other(before, asked)
+    scoring[0] = PRECISIONS.index(asked)
+    state[SCORING] = scoring
+
+
+def _upgraded(checkpoint: dict[str, Any], levels: int) -> dict[str, Any]:
+    """Return what :data:`KEY` has of an older version's file; its exponents and precision move into the state dict."""
+    # Lightning writes what load_from_checkpoint is given over the hyperparameters.
+    network = checkpoint.get("stfpm_ext_network") or checkpoint.get("hyper_parameters", {})
+    scoring = encode_scoring(network.get("level_weights"), network.get("precision", "float32"), levels)
+    checkpoint["state_dict"].setdefault(SCORING, scoring)
+    return {
+        "version": VERSION,
+        "network": network,
+        "has_transform": checkpoint.get("stfpm_ext_transform", True),
+        "teacher": checkpoint.get("stfpm_ext_teacher"),
+        "fit": checkpoint.get("stfpm_ext_held_out"),
     }
 
 
-def describe_tiler(tiler: Tiler | None) -> dict[str, Any] | None:
-    """Describe anomalib's tiler by the arguments that make another one.
+def _check_settings(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
+    """Raise unless a fit goes on with the settings that it began with, by which students are compared."""
+    content, selection = checkpoint[KEY], model.student_selection
+    fit, given = content["fit"] or {}, checkpoint.get("hyper_parameters", {})
+    settings: list[tuple[str, Any, Any]] = [
+        ("combine_at", content["network"].get("combine_at", model.model.combine_at), model.model.combine_at)
+    ]
+    if fit:
+        settings += [
+            ("held_out_share", fit["share"], selection.share),
+            ("selection", fit.get("selection", selection.selection), selection.selection),
+            ("precise_bn", fit.get("precise_bn", model.precise_bn), model.precise_bn),  # versions of before had none
+        ]
+    for argument, before, now in settings:
+        if before != now:
+            fail(ValueError, argument, f"{before} as in the checkpoint", now)
+    for argument, default in (("ema_decay", None), ("lr_schedule", "constant")):  # which version 3 has no more
+        if (before := given.get(argument, default)) != default:
+            fail(ValueError, argument, f"{default}, with which alone this version goes on", before)
+
+
+def leaves_teacher_out(checkpoint: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint names its teacher instead of holding it.
 
     Args:
-        tiler (Tiler | None): The tiler, or ``None``.
+        checkpoint (dict[str, Any]): The checkpoint, of any version.
 
     Returns:
-        dict[str, Any] | None: The arguments in plain data, or ``None``.
+        bool: Whether it does.
     """
+    return bool(checkpoint.get(KEY, {}).get("teacher") or checkpoint.get("stfpm_ext_teacher"))
+
+
+def _describe_tiler(tiler: Tiler | None) -> dict[str, Any] | None:
+    """Describe anomalib's tiler by the arguments that make another one, in plain data."""
     if tiler is None:
         return None
     return {
@@ -83,83 +227,20 @@ def describe_tiler(tiler: Tiler | None) -> dict[str, Any] | None:
     }
 
 
-def restore_tiler(model: StfpmExtModel, network: Mapping[str, Any], must_match: bool) -> None:
-    """Cut images into tiles as in the training of a checkpoint; threshold and range are of such maps.
-
-    Args:
-        model (StfpmExtModel): The networks, whose tiler is changed.
-        network (Mapping[str, Any]): What :func:`check_network` returned; files of version 0.1 do not mention tiles.
-        must_match (bool): Whether a tiler that the model has already must be the same.
-
-    Raises:
-        ValueError: If it must, and is not.
-    """
-    if "tiling" not in network:
+def _restore_tiler(model: StfpmExtModel, wanted: dict[str, Any] | None, must_match: bool) -> None:
+    """Cut images into tiles as in the training of a checkpoint; threshold and range are of such maps."""
+    got = _describe_tiler(model.tiler)
+    if wanted == got:
         return
-    wanted, got = network["tiling"], describe_tiler(model.tiler)
-    if wanted != got and (must_match or got is not None):
-        if must_match:
-            fail(ValueError, "tiler", f"{wanted} as in the checkpoint", got)
+    if must_match:
+        fail(ValueError, "tiler", f"{wanted} as in the checkpoint", got)
+    if got is not None:
         rank_zero_warn(f"tiler: the checkpoint's is in force, {wanted}, not {got}")
-    if wanted != got:
-        model.tiler = None if wanted is None else Tiler(**{**wanted, "mode": ImageUpscaleMode(wanted["mode"])})
+    model.tiler = None if wanted is None else Tiler(**{**wanted, "mode": ImageUpscaleMode(wanted["mode"])})
 
 
-def check_network(checkpoint: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
-    """Check that a checkpoint is of a network.
-
-    Args:
-        checkpoint (dict[str, Any]): The checkpoint, of this package or of anomalib's Stfpm.
-        teacher (Teacher): The teacher, whose architecture is the student's.
-
-    Returns:
-        dict[str, Any]: What the checkpoint says of its network, maybe nothing.
-
-    Raises:
-        ValueError: If it is of another network.
-    """
-    if not any(name.startswith(STUDENT_PREFIX) for name in checkpoint["state_dict"]):
-        fail(ValueError, "checkpoint", "one of StfpmExt or Stfpm", "another model's, without a student")
-    # Lightning writes what load_from_checkpoint is given over the hyperparameters.
-    saved: dict[str, Any] = checkpoint.get(NETWORK_KEY) or checkpoint.get("hyper_parameters", {})
-    backbone, layers = saved.get("backbone", teacher.backbone), saved.get("layers", teacher.layers)
-    if backbone.partition(".")[0] != teacher.backbone.partition(".")[0]:  # the weights' tag may be another
-        fail(ValueError, "backbone", f"{backbone} as in the checkpoint", teacher.backbone)
-    if list(layers) != teacher.layers:
-        fail(ValueError, "layers", f"{list(layers)} as in the checkpoint", teacher.layers)
-    return saved
-
-
-def leave_out(checkpoint: dict[str, Any], teacher: Teacher) -> None:
-    """Replace the teacher's tensors in a checkpoint by its name and checksum.
-
-    Args:
-        checkpoint (dict[str, Any]): The checkpoint, which is changed.
-        teacher (Teacher): The teacher.
-    """
-    state, tensors = checkpoint["state_dict"], teacher.state_dict()
-    for name in tensors:
-        state.pop(TEACHER_PREFIX + name, None)  # a sharded state is not all here
-    checkpoint[CHECKPOINT_KEY] = {
-        "backbone": teacher.backbone,
-        "layers": teacher.layers,
-        "sha256": checksum(tensors),
-    }
-
-
-def bring_back(checkpoint: dict[str, Any], teacher: Teacher) -> None:
-    """Put the teacher's tensors into a checkpoint that names it; one that holds its teacher stays as it is.
-
-    Args:
-        checkpoint (dict[str, Any]): The checkpoint, which is changed.
-        teacher (Teacher): The teacher.
-
-    Raises:
-        ValueError: If it is not the teacher that the checkpoint names.
-    """
-    named = checkpoint.get(CHECKPOINT_KEY)
-    if named is None:
-        return
+def _bring_back(state: dict[str, torch.Tensor], teacher: Teacher, named: dict[str, Any]) -> None:
+    """Put the teacher's tensors into a checkpoint's state that names it, or raise if that is another one."""
     tensors = teacher.state_dict()
     if (got := checksum(tensors)) != named["sha256"]:
         wanted = (
@@ -167,7 +248,7 @@ def bring_back(checkpoint: dict[str, Any], teacher: Teacher) -> None:
             f"with layers {named['layers']} and sha256 {named['sha256']}"
         )
         fail(ValueError, "teacher_weights", wanted, "none" if teacher.is_random else f"one with sha256 {got}")
-    checkpoint["state_dict"].update({TEACHER_PREFIX + name: tensor for name, tensor in tensors.items()})
+    state.update({TEACHER_PREFIX + name: tensor for name, tensor in tensors.items()})
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -19,8 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.models import load_state_dict
 from torch import nn
 
-from .checkpoints import CHECKPOINT_KEY as TEACHER_KEY
-from .checkpoints import load_content
+from .checkpoints import leaves_teacher_out, load_content
 from .errors import fail
 from .lightning_model import StfpmExt
 from .weights import load_tensors, read_file
@@ -186,7 +185,7 @@ def _read_checkpoint(
     argument: str, path: str | Path, backbone: str | None = None, layers: Sequence[str] | None = None
 ) -> StfpmExt:
     content = read_file(argument, path, "a checkpoint of anomalib's Stfpm", load_content)
-    if TEACHER_KEY in content:
+    if leaves_teacher_out(content):
         wanted = "a checkpoint with a teacher, or else the model that StfpmExt.load_from_checkpoint makes of it"
         fail(ValueError, argument, wanted, f"{str(path)!r}, saved with save_teacher=False")
     settings = content["hyper_parameters"]

@@ -14,7 +14,7 @@ from timm.models import load_state_dict
 from torch import nn
 from typing_extensions import Self
 
-from ._compat import descendants, has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, versions
+from ._compat.torch import descendants, has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, versions
 from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name, torch_hub_file
 from .errors import fail
 from .inference.folding import fold

@@ -3,7 +3,9 @@
 """Files that several processes may want: written in full or not at all, and locked where the file system can."""
 
 import errno
-import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,17 +18,35 @@ except ImportError:  # Windows
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Write all of a file or none, also where threads or processes write it at the same time: the last one's is kept.
+
+    Args:
+        file (Path): The file. Its folder is made if need be.
+
+    Yields:
+        Path: A hidden file beside it, with the same suffix, to be written in its place. Where that raises, it goes, and
+            the file stays as it was.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{secrets.token_hex(8)}{file.suffix}")  # a file's own name may be as long as names go
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_file(file: Path, text: str) -> None:
-    """Write all of a file or none, also where processes write it at the same time.
+    """Write a text with :func:`whole_file`.
 
     Args:
         file (Path): The file. Its folder is made if need be.
         text (str): What it is to hold.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    with whole_file(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def lock(file: IO[Any], path: Path, holder: str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ._compat import is_transformed
+from ._compat.torch import is_transformed
 from .ops import feature_matching  # noqa: F401  # defines the operator
 from .ops.anomaly_map import has_kernel
 from .ops.arguments import check_features, pair_levels

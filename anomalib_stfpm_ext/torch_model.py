@@ -15,11 +15,11 @@ from anomalib.data import InferenceBatch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from ._compat import register_namedtuple
+from ._compat.torch import register_namedtuple
 from .errors import fail
 from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher, is_traced
 from .inference.concurrent import can_run_concurrently, run_concurrently
-from .inference.precision import Precision, dtype_on
+from .inference.precision import PRECISIONS, Precision, dtype_on
 from .ops.anomaly_map import has_kernel
 from .ops.arguments import check_options
 from .ops.reference import combine_levels, formula, squared_distance
@@ -58,7 +58,8 @@ class StfpmExtModel(nn.Module):
         level_weights (tuple[float, ...] | None): The exponent of each level's map in the product, in the order of
             ``layers``, chosen by ``StfpmExt(selection="synthetic")``; ``None`` for 1 each, as in the paper.
         precision (Precision): What both networks compute in when they score images, where that is of use; see
-            :func:`.inference.precision.dtype_on`. Training, exports for ONNX and gradients are of float32.
+            :func:`.inference.precision.dtype_on`. Training, exports for ONNX and gradients are of float32. It and
+            :attr:`level_weights` are set by :meth:`score_by`, and are in the state dict.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
 
     Example:
@@ -253,6 +254,45 @@ class StfpmExtModel(nn.Module):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "compile_mode": None, "_compiled": None}
 
+    def score_by(self, level_weights: tuple[float, ...] | None, precision: Precision) -> None:
+        """Say how images are scored from now on, by any student that is in the network.
+
+        Args:
+            level_weights (tuple[float, ...] | None): See :attr:`level_weights`.
+            precision (Precision): See :attr:`precision`.
+
+        Raises:
+            ValueError: If there is not a finite weight of at least 0 for each level, or no such precision.
+        """
+        levels = self.teacher_model.layers
+        if level_weights is not None:
+            check_options(level_weights, "product", None, False, levels)
+        if precision not in PRECISIONS:
+            fail(ValueError, "precision", f"one of {PRECISIONS}", repr(precision))
+        self.level_weights, self.precision = level_weights, precision
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return how images are scored, for the state dict: so it goes wherever the weights go.
+
+        Returns:
+            torch.Tensor: The place of the precision in ``PRECISIONS`` and the weight of each level ``(1 + levels,)``,
+                float64.
+        """
+        return encode_scoring(self.level_weights, self.precision, len(self.teacher_model.layers))
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Score images as :meth:`get_extra_state` says.
+
+        Args:
+            state (torch.Tensor): What it returned.
+
+        Raises:
+            ValueError: If it is of another number of levels, or no such thing.
+        """
+        number, *weights = state.tolist()
+        precision = PRECISIONS[int(number)] if number in range(len(PRECISIONS)) else number
+        self.score_by(None if weights == [1] * len(self.teacher_model.layers) else tuple(weights), precision)
+
     @property
     def backbone(self) -> str:
         """Timm's name of the network of teacher and student, where ``Stfpm`` has it, too."""
@@ -321,6 +361,20 @@ class StfpmExtModel(nn.Module):
     def _untile(self, tiles: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert self.tiler is not None
         return {level: self.tiler.untile(features) for level, features in tiles.items()}
+
+
+def encode_scoring(level_weights: Sequence[float] | None, precision: Precision, levels: int) -> torch.Tensor:
+    """Write down how images are scored, as :meth:`StfpmExtModel.get_extra_state` does.
+
+    Args:
+        level_weights (Sequence[float] | None): The exponent of each level's map; ``None`` for 1 each.
+        precision (Precision): What the networks compute in.
+        levels (int): Number of levels.
+
+    Returns:
+        torch.Tensor: Numbers ``(1 + levels,)``, float64.
+    """
+    return torch.tensor([PRECISIONS.index(precision), *(level_weights or [1.0] * levels)], dtype=torch.float64)
 
 
 @cache

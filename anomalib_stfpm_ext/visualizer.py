@@ -2,7 +2,6 @@
 
 """The model's visualiser: anomalib's pictures, drawn and written while the next images are scored."""
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -15,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from .data.images import is_deep, read_image
 from .data.transforms import seen, shows_all
 from .errors import fail
+from .files import whole_file
 
 # zlib's fastest: the same pixels in files that are a little larger, in a fifth of the time.
 COMPRESSION = 1
@@ -128,12 +128,8 @@ class BackgroundImageVisualizer(ImageVisualizer):
                 dataset_name=getattr(data, "name", None),
                 category=getattr(data, "category", None),
             )
-            unfinished = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
-            try:
+            with whole_file(file) as unfinished:
                 picture.save(unfinished, compress_level=COMPRESSION)
-                unfinished.replace(file)
-            finally:
-                unfinished.unlink(missing_ok=True)
         except Exception as error:  # of decoders and file systems
             fail(RuntimeError, "visualizer", "a picture that can be drawn and written", f"{source}: {error!r}")
         finally:

@@ -31,7 +31,7 @@ def run(stage: str, name: str, precision: Any, images: Path, output: Path) -> No
     model: Any = make_models(torch.device("cpu"))[name]
     model.visualizer = (BackgroundImageVisualizer if name == "StfpmExt" else type(model).configure_visualizer)()
     if name == "StfpmExt":
-        model.model.precision = precision
+        model.model.score_by(model.model.level_weights, precision)
     data = Folder("images", root=images, normal_dir="good", normal_test_dir="good", num_workers=0)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     engine = Engine(accelerator="cpu", default_root_dir=output / f"{stage} {name} {precision}", **quiet)

@@ -62,7 +62,7 @@ def make_models(device: torch.device) -> dict[str, Stfpm | StfpmExt]:
     with mock.patch("timm.create_model", partial(_create_untrained, timm.create_model)):
         stfpm = Stfpm(**quiet)
     ours = StfpmExt(teacher_weights=False, **quiet)
-    stfpm.model.load_state_dict(ours.model.state_dict())
+    stfpm.model.load_state_dict(ours.model.state_dict(), strict=False)  # but for exponents and precision
     with torch.inference_mode():
         largest = ours.eval().model(torch.rand(1, 3, SIZE, SIZE)).pred_score.item()
     for model in (stfpm, ours):
@@ -83,10 +83,11 @@ def make_routes(models: dict[str, Any], device: torch.device, folder: Path, imag
     for precision in PRECISIONS[1:]:
         if why_not(precision, device.type) is None:
             variants[f"StfpmExt, {precision}"] = copy.deepcopy(models["StfpmExt"])
-            variants[f"StfpmExt, {precision}"].model.precision = precision
+            variants[f"StfpmExt, {precision}"].model.score_by(None, precision)
     for name in [name for name in variants if name.startswith("StfpmExt")]:
         variants[f"{name}, {WEIGHTED}"] = copy.deepcopy(variants[name])
-        variants[f"{name}, {WEIGHTED}"].model.level_weights = LEVEL_WEIGHTS
+        weighted = variants[f"{name}, {WEIGHTED}"].model
+        weighted.score_by(LEVEL_WEIGHTS, weighted.precision)
     routes: dict[str, Route] = {name: torch.inference_mode()(model) for name, model in variants.items()}
     mode = "reduce-overhead" if device.type == "cuda" else None  # with CUDA graphs
     routes["StfpmExt, torch.compile"] = torch.no_grad()(torch.compile(models["StfpmExt"], mode=mode))

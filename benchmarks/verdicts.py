@@ -15,7 +15,8 @@ StfpmExt is trained as it is, at the paper's learning rate, and with running sta
 which "held_out_map" is the paper's choice.
 
 The swing is the standard deviation of the image AUROC over the second half of the training. Each run is kept in the
-output folder with contact sheets: the same command goes on where it was stopped, and the table has all runs there.
+output folder with contact sheets: the same command goes on where it was stopped, and the table has all runs there. It
+is the first table of docs/results.md, and --plot draws the picture beneath it.
 """
 
 import argparse
@@ -45,11 +46,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from matplotlib import pyplot as plt
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.lightning_model import PAPERS_LEARNING_RATE
+from anomalib_stfpm_ext.callbacks.learning_rate import PAPERS_RATE
 from anomalib_stfpm_ext.metrics import METRICS, measure
 from anomalib_stfpm_ext.ops.reference import squared_distance
 from anomalib_stfpm_ext.reproduce.runs import draw_contact_sheet
-from anomalib_stfpm_ext.selection.students import Measurement, best_of
+from anomalib_stfpm_ext.selection.record import Measurement, best_of
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"backbone": "resnet18", "layers": ["layer1", "layer2", "layer3"]},
@@ -65,12 +66,12 @@ ANOMALIB, OURS, SMALL_STEPS, RUNNING = (
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     OURS: {},
-    SMALL_STEPS: {"lr": PAPERS_LEARNING_RATE},
-    RUNNING: {"lr": PAPERS_LEARNING_RATE, "precise_bn": False},
+    SMALL_STEPS: {"lr": PAPERS_RATE},
+    RUNNING: {"lr": PAPERS_RATE, "precise_bn": False},
 }
 CHOICES = ("held_out_map", "synthetic", "last", "oracle")
 RULES = {ANOMALIB: ("last", "oracle"), **dict.fromkeys(VARIANTS, CHOICES)}
-OPTIONS = ("epochs", "precision", "lr_schedule", "ema_decay")  # of a training
+OPTIONS = ("epochs", "precision")  # of a training
 PLOT_COLUMNS = 3
 
 Distances = list[torch.Tensor]  # of each level, (N, 1, H_l, W_l)
@@ -108,14 +109,9 @@ class Comparison(Checkpoint):
         """Compare."""
         if (trainer.current_epoch + 1) % self.every:
             return
-        students = getattr(getattr(pl_module, "student_selection", None), "students", None)
         pl_module.model.eval()
-        if students:
-            students.swap_average()
         with trainer.precision_plugin.forward_context():
             student = [pl_module.model.student_model(batch) for batch in self.batches]
-        if students:
-            students.swap_average()
         pl_module.model.train()
         by_batch = [
             [(0.5 * squared_distance(t[level].float(), s[level].float())).half() for level in t]
@@ -149,7 +145,7 @@ def train(variant: str, arguments: argparse.Namespace, seed: int, data: Folder) 
         with mock.patch("timm.create_model", partial(timm.create_model, **overlay)):
             model = Stfpm(**network, **RAW)
     else:
-        options = {name: getattr(arguments, name) for name in ("teacher_weights", "lr_schedule", "ema_decay")}
+        options = {"teacher_weights": arguments.teacher_weights}
         model = StfpmExt(**network, **RAW, **options, **VARIANTS[variant], seed=seed)
     held_out = math.ceil(0.2 * len(data.train_data))
     steps = arguments.epochs * math.ceil((len(data.train_data) - held_out) / data.train_batch_size)

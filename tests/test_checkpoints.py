@@ -12,7 +12,7 @@ from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.checkpoints import CHECKPOINT_KEY, TEACHER_PREFIX, checksum
+from anomalib_stfpm_ext.checkpoints import KEY, TEACHER_PREFIX, checksum
 from anomalib_stfpm_ext.convert import save_checkpoint, write_authors_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,8 +87,8 @@ def test_same_predictions(fit, images, weights, tmp_path):
     assert all(torch.equal(tensor.nan_to_num(), states[0][name].nan_to_num()) for name, tensor in states[1].items())
     save_checkpoint(half, tmp_path / "half.ckpt")
 
-    assert CHECKPOINT_KEY not in content(paths[0])
-    named = content(paths[1])[CHECKPOINT_KEY]
+    assert content(paths[0])[KEY]["teacher"] is None
+    named = content(paths[1])[KEY]["teacher"]
     assert (named["backbone"], named["layers"]) == ("test_resnet", LAYERS)
     expected = scores(whole, images)
     assert torch.equal(scores(StfpmExt.load_from_checkpoint(paths[0]), images), expected)
@@ -102,7 +102,7 @@ def test_same_predictions(fit, images, weights, tmp_path):
 
 def test_other_teachers_are_refused(fit, images, weights, tmp_path):
     path = fit(make_model(weights[0]), epochs=1)
-    sha256 = content(path)[CHECKPOINT_KEY]["sha256"]
+    sha256 = content(path)[KEY]["teacher"]["sha256"]
     message = (
         r"teacher_weights: wanted True or the file of the teacher that the checkpoint names and leaves out, "
         rf"'test_resnet' with layers \['layer1', 'layer2'\] and sha256 {sha256}, got "
@@ -149,7 +149,7 @@ def test_resumed_run_ends_as_the_unbroken_one(fit, weights):
     path = fit(make_model(weights[0]), epochs=2)
     resumed = content(fit(make_model(weights[0]), epochs=3, ckpt_path=path))
     assert same(resumed["state_dict"], unbroken["state_dict"])
-    assert resumed["stfpm_ext_held_out"]["history"] == unbroken["stfpm_ext_held_out"]["history"]
+    assert resumed[KEY]["fit"]["history"] == unbroken[KEY]["fit"]["history"]
 
 
 def test_checksum():

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""README and docs: links lead somewhere, commands are understood, and tests that are named exist."""
+"""README and docs: links lead somewhere, commands are understood, and what is named exists."""
 
 import ast
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+PRESENT = [page for page in PAGES if page != "CHANGELOG.md"]  # pages of what is, not of what was
 
 
 def blocks(page: str, language: str = r"\w+") -> list[str]:
@@ -28,8 +31,38 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_readme_is_short_and_shows_a_heat_map_soon():
-    assert len(PAGES["README.md"].read_text(encoding="utf-8").splitlines()) <= 150
+    lines = PAGES["README.md"].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert any(line.startswith("![Heat maps") for line in lines[:20])
     assert any("visualize(" in block for block in blocks("README.md")[:3])
+
+
+def test_readme_begins_with_two_commands():
+    commands = [line.partition("#")[0].strip() for line in blocks("README.md")[0].splitlines()]
+    assert commands == ["make demo", "make test"]
+
+
+def test_readme_leads_to_every_page():
+    readme = PAGES["README.md"].read_text(encoding="utf-8")
+    assert [page for page in PAGES if page != "README.md" and f"]({page})" not in readme] == []
+
+
+def test_training_is_a_guide_of_two_pages():
+    assert len(PAGES["docs/training.md"].read_text(encoding="utf-8").splitlines()) <= 112
+
+
+@pytest.mark.parametrize("page", PRESENT)
+def test_targets_of_make_exist(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    inline = re.findall(r"`(make [^`]*)`", PAGES[page].read_text(encoding="utf-8"))
+    for target in re.findall(r"(?:^|&& )make ([a-z][\w-]*)", "\n".join([*blocks(page), *inline]), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", PRESENT)
+def test_arguments_of_the_model_exist(page):
+    named = re.findall(r"--model\.(?!help)(\w+)", PAGES[page].read_text(encoding="utf-8"))
+    assert set(named) <= set(inspect.signature(StfpmExt).parameters)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,7 +9,7 @@ from anomalib.data.utils import read_image
 from PIL import Image
 from skimage.draw import disk
 
-from anomalib_stfpm_ext import StfpmExt, figures
+from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.cli import main
 from anomalib_stfpm_ext.convert import save_checkpoint
 from anomalib_stfpm_ext.figures import LevelMaps, draw_histogram, draw_levels, measure_levels, raw_threshold
@@ -34,7 +34,7 @@ def checkpoint(model, tmp_path_factory):
 @pytest.fixture
 def figures(monkeypatch):
     """Hand out the figures instead of pictures of them."""
-    monkeypatch.setattr(figures, "_render", lambda figure: figure)
+    monkeypatch.setattr("anomalib_stfpm_ext.figures._render", lambda figure: figure)
 
 
 def two_levels(value: float) -> LevelMaps:

@@ -21,9 +21,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_stfpm_ext import Predictor, StfpmExt
-from anomalib_stfpm_ext import images as images_module
-from anomalib_stfpm_ext._compat import data_source
+from anomalib_stfpm_ext._compat.lightning import get_loader
 from anomalib_stfpm_ext.convert import save_checkpoint
+from anomalib_stfpm_ext.data import images as images_module
 from anomalib_stfpm_ext.data.images import find_images, read_image, read_right
 from anomalib_stfpm_ext.figures import measure_levels
 
@@ -218,8 +218,10 @@ def test_training_names_a_broken_file(num_workers, images, tmp_path):
 def test_other_models_of_the_same_trainer_read_as_anomalib_does(images, tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     dataset = PredictDataset(images / "bad")
-    trainer.predict(make_model(), DataLoader(dataset, collate_fn=dataset.collate_fn))
-    assert "dataloader" not in vars(data_source(trainer.predict_loop))
+    loader = DataLoader(dataset, collate_fn=dataset.collate_fn)
+    trainer.predict(make_model(), loader)
+    assert trainer.predict_dataloaders.dataset is not dataset
+    assert get_loader(trainer.predict_loop) is loader
 
 
 def test_hidden_files_and_folders_called_like_images_are_passed_over(tmp_path):

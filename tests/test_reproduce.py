@@ -26,6 +26,7 @@ from anomalib_stfpm_ext.cli import main
 from anomalib_stfpm_ext.figures import pick
 from anomalib_stfpm_ext.metrics import measure, rescaled_pro
 from anomalib_stfpm_ext.reproduce.command import make_parser
+from anomalib_stfpm_ext.reproduce.runs import GONE
 from anomalib_stfpm_ext.reproduce.tables import PUBLISHED, make_table, to_markdown
 
 
@@ -281,6 +282,19 @@ def test_results_of_before_an_argument_came_are_of_its_default(output, mvtec_ad,
         ):
             with pytest.raises(SystemExit, match=f"{name}: wanted {before}, as for the results in .*, got {value}"):
                 command(mvtec_ad, output, *with_resnet18, f"--{name}", value)
+    finally:
+        file.write_text(json.dumps(settings))
+
+
+def test_results_of_arguments_that_are_gone_are_not_mixed_with_others(output, mvtec_ad, with_resnet18):
+    file = output / "settings.json"
+    settings = json.loads(file.read_text())
+    try:
+        file.write_text(json.dumps({**settings, **GONE}))
+        command(mvtec_ad, output, *with_resnet18)  # they had the values that are left
+        file.write_text(json.dumps({**settings, **GONE, "ema_decay": 0.9}))
+        with pytest.raises(SystemExit, match=r"ema_decay: wanted 0\.9, as for the results in .*, got None"):
+            command(mvtec_ad, output, *with_resnet18)
     finally:
         file.write_text(json.dumps(settings))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import ImageBatch
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
@@ -65,7 +65,8 @@ def fit(images, tmp_path):
 def told(monkeypatch):
     """What the user is told, once each."""
     said: list[str] = []
-    for module in ("callbacks.checks", "lightning_model", "feature_pyramid", "callbacks.student_selection"):
+    modules = ["callbacks.checks", "callbacks.student_selection", "checkpoints", "feature_pyramid", "settings"]
+    for module in (*modules, "selection.thresholds"):
         for function in ("rank_zero_warn", "rank_zero_info"):
             target = f"anomalib_stfpm_ext.{module}.{function}"
             monkeypatch.setattr(target, lambda message, *_, **__: said.append(str(message)), raising=False)
@@ -313,7 +314,7 @@ def test_a_validation_sees_the_student_of_its_step(make_model, images, tmp_path)
 @pytest.mark.parametrize("callback", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.1)])
 def test_other_averages_are_refused(make_model, images, tmp_path, callback):
     engine = Engine(callbacks=[callback()], default_root_dir=tmp_path, max_epochs=2, **QUIET)
-    with pytest.raises(ValueError, match="callbacks: wanted ema_decay="):
+    with pytest.raises(ValueError, match="callbacks: wanted none that averages or replaces weights"):
         engine.fit(make_model(), datamodule=folder(images))
 
 
@@ -333,7 +334,7 @@ def test_shortened_fits_leave_the_right_student(make_model, fit, options):
     fit(model, epochs=2, **options)
     selection = model.student_selection
     assert selection.best is not None
-    assert same(trained_student(model), selection.students.best_tensors())
+    assert same(trained_student(model), selection.students.kept.weights())
 
 
 def test_crops_are_told(make_model, fit, told):
@@ -527,43 +528,32 @@ def test_junk_ends_a_run_before_it_is_paid_for(make_model, images, tmp_path, jun
 
 
 @pytest.mark.parametrize("share", [0.2, 0])
-def test_an_exception_within_a_validation_leaves_the_averaged_student(make_model, images, tmp_path, share):
-    averages, checkpoints = [], []
+def test_an_exception_within_a_validation_leaves_the_student_without_a_threshold(
+    make_model, images, tmp_path, share, told
+):
+    seen = []
 
     class Stop(Callback):
-        def on_validation_epoch_end(self, trainer, pl_module):
-            averages.append(trained_student(pl_module))  # what is validated
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            seen.append(trained_student(pl_module))  # what is validated
             trainer.save_checkpoint(tmp_path / "within.ckpt")
-            checkpoints.append(torch.load(tmp_path / "within.ckpt", weights_only=True))
             msg = "stop"
             raise RuntimeError(msg)
 
-    model = make_model(held_out_share=share, ema_decay=0.9, lr=0.4)
+    model = make_model(held_out_share=share, lr=0.4)
     engine = Engine(callbacks=[Stop()], default_root_dir=tmp_path, max_epochs=1, **QUIET)
     with pytest.raises(RuntimeError, match="stop"):
         engine.fit(model, datamodule=folder(images))
-    assert same(trained_student(model), averages[0])
-    state = checkpoints[0]["stfpm_ext_held_out"]
-    assert same(state["average"], averages[0])
-    assert not same(state["student"], averages[0])
-    kept = {name: checkpoints[0]["state_dict"][f"model.student_model.{name}"] for name in averages[0]}
-    assert same(kept, averages[0])
-
-
-def test_an_average_follows_steps_alone_where_gradients_are_accumulated(make_model, images, tmp_path):
-    """The resumed run begins with a batch after which no step is made."""
-
-    def run(epochs, ckpt_path=None):
-        model = make_model(held_out_share=0, ema_decay=0.9)
-        each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
-        engine = Engine(
-            callbacks=[each], default_root_dir=tmp_path, max_epochs=epochs, accumulate_grad_batches=2, **QUIET
-        )
-        engine.fit(model, datamodule=folder(images), ckpt_path=ckpt_path)
-        return model
-
-    unbroken = trained_student(run(3))
-    assert same(trained_student(run(3, tmp_path / "epoch=1.ckpt")), unbroken)
+    loaded = load_model(tmp_path / "within.ckpt")
+    for each in (model, loaded):
+        assert same(trained_student(each), seen[0])
+        assert each.post_processor.image_threshold.isnan()
+    assert any("no validation has set a threshold" in line for line in told)
+    for each in (model, loaded):  # nothing of the validation that was broken off is left
+        Engine(default_root_dir=tmp_path, **QUIET).validate(each, datamodule=folder(images))
+    assert model.post_processor.image_threshold.isfinite()
+    assert torch.equal(model.post_processor.image_threshold, loaded.post_processor.image_threshold)
+    assert torch.equal(model.post_processor.image_max, loaded.post_processor.image_max)
 
 
 def test_callbacks_with_states_of_their_own_do_not_stop_the_end_of_a_fit(make_model, images, tmp_path):

@@ -6,21 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.spec import transform_to_spec
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import Subset
 from torchvision.transforms.v2 import CenterCrop, Normalize, Resize
 
-from .._compat import check_fixed, is_compiled
+from .._compat.torch import is_compiled
 from ..backbones import pretrained_config
 from ..data.images import check_file, image_paths
+from ..data.nested import leaves
 from ..data.transforms import parts, shows_all
 from ..errors import fail
+from ..selection.thresholds import take_back_useless, validation_labels
 
 PAPER_STEPS = 700  # about: 100 epochs of a category of MVTec AD, of whose images a fifth is held out
 
@@ -71,7 +72,8 @@ class Checks(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a threshold back that can tell nothing; before the student selection keeps it."""
         if not trainer.sanity_checking:
-            check_range(trainer, pl_module)
+            model: Any = pl_module
+            take_back_useless(trainer, model)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check teacher and images."""
@@ -112,32 +114,12 @@ def check_threshold(model: Any) -> None:
         )
 
 
-def check_range(trainer: Trainer, model: Any) -> None:
-    """Take threshold and range back, and say why, where all or no images would be defective by them.
-
-    anomalib 2.7 takes any validation for one that can set them: of a single score, the range is empty, and of defective
-    images alone, the threshold lies below all scores.
-    """
-    processor, labels = model.post_processor, _labels(trainer)
-    if processor is None or not getattr(processor, "enable_normalization", False) or processor.image_max.isnan():
-        return
-    no_good = labels is not None and 0 not in labels
-    if no_good or processor.image_max <= processor.image_min:
-        for statistic in processor.buffers(recurse=False):
-            statistic.fill_(torch.nan)
-        reason = "no good image" if no_good else "a single score"
-        rank_zero_warn(
-            f"post_processor: no threshold is set, since the validation has {reason}: by its threshold, all images "
-            "would be defective, or none. Validate with several good images, and some defective ones."
-        )
-
-
 def tell_counts(trainer: Trainer, model: Any) -> None:
     """Say how many images there are for what, and warn of a validation that cannot set a useful threshold."""
     judge = model.student_selection.judge
     training, held_out = _dataset(trainer.train_dataloader), _dataset(judge and judge.loader)
     counts = [f"{_length(training)} images to train on", f"{_length(held_out)} held out"]
-    labels = _labels(trainer)
+    labels = validation_labels(trainer)
     if labels is not None:
         good, defective = labels.count(0), labels.count(1)
         counts.append(f"{good} good and {defective} defective ones to validate on")
@@ -166,26 +148,21 @@ def _length(dataset: Any) -> int | str:
         return "an unknown number of"
 
 
-def _labels(trainer: Trainer) -> list[int] | None:
-    """Return the labels of anomalib's validation images, or ``None`` where they are not known."""
-    data: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
-    samples = getattr(data, "samples", None)
-    return None if samples is None or not trainer.enable_validation else samples.label_index.tolist()
-
-
 def check_collation(loaders: Any) -> None:
     """Warn once of loaders that stretch the images of a batch to the largest, which anomalib's data modules do not."""
     for loader in loaders if isinstance(loaders, list) else [loaders]:
-        dataset = _dataset(loader)
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
-        resized = any(isinstance(part, Resize) for part in parts(getattr(dataset, "augmentations", None)))
         several = getattr(loader, "batch_size", 1) != 1
-        if isinstance(dataset, AnomalibDataset | PredictDataset) and several and not resized:
+        if several and any(_keeps_size(leaf.dataset) for leaf in leaves(_dataset(loader))):
             rank_zero_warn(
                 "DataLoader: images of a batch that differ in size are stretched to the largest, so that a score "
                 "depends on its neighbours. Give the data set augmentations=Resize(...), or use a data module."
             )
+
+
+def _keeps_size(dataset: Any) -> bool:
+    """Tell whether a data set is anomalib's, and leaves images as large as they are."""
+    steps = parts(getattr(dataset, "augmentations", None))
+    return isinstance(dataset, AnomalibDataset | PredictDataset) and not any(isinstance(step, Resize) for step in steps)
 
 
 def check_trainer(trainer: Trainer, model: Any) -> None:
@@ -201,10 +178,14 @@ def check_trainer(trainer: Trainer, model: Any) -> None:
 
 
 def check_rivals(trainer: Trainer, model: Any) -> None:
-    """Raise where something else changes the weights or their names, and the student that is kept would be wrong."""
+    """Raise where something else changes the weights or their names, and the student that is kept would be wrong.
+
+    Precise batch norm and the selection do the work of an average.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            fail(ValueError, "callbacks", "ema_decay=... of StfpmExt for an average", type(callback).__qualname__)
+            wanted = "none that averages or replaces weights, since the student that is kept would be another"
+            fail(ValueError, "callbacks", wanted, type(callback).__qualname__)
     if any(map(is_compiled, model.modules())):
         fail(ValueError, "model", "compile_mode=... of StfpmExt for torch.compile", "a network compiled already")
 
@@ -212,13 +193,11 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
 def check_transform(pre_processor: Any) -> None:
     """Raise unless checkpoints can hold the transform of the images.
 
-    anomalib 2.7 saves a checkpoint without the transform otherwise, and whoever loads it scores raw pixels. Before, it
-    pickled any.
+    anomalib saves a checkpoint without the transform otherwise, and whoever loads it scores raw pixels.
     """
-    config = getattr(pre_processor, "checkpoint_config", None)
-    if isinstance(pre_processor, PreProcessor) and config is not None and config().get("transform") is None:
+    if isinstance(pre_processor, PreProcessor) and pre_processor.checkpoint_config().get("transform") is None:
         try:
-            check_fixed(pre_processor.transform)
+            transform_to_spec(pre_processor.transform)
         except ValueError as error:
             wanted = "transforms that a checkpoint can hold (random ones belong into train_augmentations of the data)"
             fail(ValueError, "pre_processor", wanted, error)
@@ -228,15 +207,15 @@ def check_image_size(model: Any) -> None:
     """Raise where the backbone takes images of one size, and the pre-processor makes others."""
     backbone = model.model.teacher_model.backbone
     config, size = pretrained_config(backbone), image_size(model.pre_processor)
-    if config is not None and config.fixed_input_size and size not in (None, config.input_size[1:]):
+    if config.fixed_input_size and size not in (None, config.input_size[1:]):
         fail(ValueError, "image_size", f"{config.input_size[1:]}, the one size of {backbone!r}", size)
 
 
 def check_normalisation(model: Any) -> None:
     """Warn where images are not normalised as the teacher was trained."""
-    config = pretrained_config(model.model.teacher_model.backbone)
-    if config is None or not isinstance(model.pre_processor, PreProcessor):
+    if not isinstance(model.pre_processor, PreProcessor):
         return
+    config = pretrained_config(model.model.teacher_model.backbone)
     found = [part for part in parts(model.pre_processor.transform) if isinstance(part, Normalize)]
     got = (tuple(found[-1].mean), tuple(found[-1].std)) if found else None
     if got != (tuple(config.mean), tuple(config.std)):

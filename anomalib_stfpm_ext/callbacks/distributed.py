@@ -4,6 +4,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
@@ -12,8 +13,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from .._compat import data_source, replace_layer_sync, uses_distributed_sampler
-from ..selection.hold_out import same_loader
+from .._compat.lightning import get_loader, replace_layer_sync, replace_loader, uses_distributed_sampler
+from ..data.loaders import same_loader
+from ..errors import fail
 
 
 class StudentSync(LayerSync):
@@ -84,8 +86,7 @@ def share_images(trainer: Trainer) -> None:
         trainer (Trainer): Trainer that is about to validate or test.
     """
     loop = trainer.test_loop if trainer.testing else trainer.validate_loop
-    source = data_source(loop)
-    loader = source.dataloader()
+    loader = get_loader(loop)
     if (
         type(loader) is DataLoader
         and type(loader.sampler) is SequentialSampler
@@ -95,4 +96,32 @@ def share_images(trainer: Trainer) -> None:
     ):
         ranks: dict[str, int] = trainer.distributed_sampler_kwargs  # type: ignore[assignment]
         sampler = UnrepeatedDistributedSampler(loader.dataset, shuffle=False, **ranks)
-        source.instance = same_loader(loader, loader.dataset, sampler=sampler, drop_last=loader.drop_last)
+        replace_loader(loop, same_loader(loader, loader.dataset, sampler=sampler, drop_last=loader.drop_last))
+
+
+def check_strategy(trainer: Trainer, argument: str, otherwise: str) -> None:
+    """Check that each process has the whole student.
+
+    Args:
+        trainer (Trainer): Trainer in a fit.
+        argument (str): What asks for it.
+        otherwise (str): What that argument may be where it is not so.
+
+    Raises:
+        ValueError: If the strategy shards the model.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:  # those that do
+        wanted = f"a strategy that has the whole student in each process, such as ddp (or {otherwise})"
+        fail(ValueError, argument, wanted, type(trainer.strategy).__qualname__)
+
+
+def share_statistics(trainer: Trainer, network: nn.Module) -> None:
+    """Give all processes the running statistics of the first, as DDP does before each step.
+
+    Args:
+        trainer (Trainer): The trainer.
+        network (nn.Module): The network.
+    """
+    if trainer.world_size > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)

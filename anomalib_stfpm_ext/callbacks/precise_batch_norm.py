@@ -3,7 +3,6 @@
 """Precise batch norm: a student is judged with the statistics of its own features, not of earlier students'."""
 
 from collections import deque
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import update_bn
 
-from ..selection.students import check_strategy
+from .distributed import check_strategy
 from .fit_resource import FitResource
-from .student_selection import StudentSelection
 
 NUM_IMAGES = 64  # at least, in whole batches; five times as many move the AUROC by no more than 0.004
 
@@ -26,13 +24,9 @@ class PreciseBatchNorm(FitResource):
     latest training images, as it was trained on them, and gets the mean of their batches' statistics: "PreciseBN" of Wu
     and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3. Steps do not use running statistics, so
     that losses stay what they are.
-
-    Args:
-        selection (StudentSelection): It knows the averaged student, if that is the one to be judged.
     """
 
-    def __init__(self, selection: StudentSelection) -> None:
-        self._selection = selection
+    def __init__(self) -> None:
         self._batches: deque[torch.Tensor] = deque()
         self._step: int | None = None  # of the student whose statistics were estimated
 
@@ -83,12 +77,11 @@ class PreciseBatchNorm(FitResource):
         """Estimate them over all processes' images, unless no step was made since the last time."""
         if not self._batches or trainer.global_step == self._step:
             return
-        tiler, students = module.model.tiler, self._selection.students
+        tiler = module.model.tiler
         images = [tiler.tile(batch) if tiler else batch for batch in self._batches]
         student = module.model.student_model
-        measuring = students.measuring() if students else nullcontext()
         # A dropout must not change what the training draws.
-        with measuring, trainer.precision_plugin.forward_context(), torch.random.fork_rng(devices=[]):
+        with trainer.precision_plugin.forward_context(), torch.random.fork_rng(devices=[]):
             update_bn(images, student)
             for statistic in filter(torch.is_floating_point, student.buffers()):
                 statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))

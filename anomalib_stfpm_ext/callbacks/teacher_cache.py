@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from anomalib.pre_processing.utils.spec import transform_to_spec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import Subset
 
-from .._compat import check_fixed
+from ..data.nested import leaves
 from ..errors import fail
 from .fit_resource import FitResource
 
@@ -39,7 +39,6 @@ class _Level(NamedTuple):
 
     rows: torch.Tensor  # (N, H, W, C) or (N, C, H, W), as the teacher lays them out
     channels_last: bool
-    dtype: torch.dtype  # the teacher's
 
 
 class TeacherCache(FitResource):
@@ -54,26 +53,22 @@ class TeacherCache(FitResource):
             have no names, so they go with the process, whatever becomes of it. ``"auto"``: memory on a CPU where a
             quarter of what is free will do, otherwise nothing is kept; nor any longer, where images turn out not to be
             the same in every epoch, which is an error for the other two.
-        half (bool): Keep float16 instead of the teacher's dtype.
 
     Raises:
         ValueError: If ``location`` is something else.
-        TypeError: If ``half`` is not a bool.
     """
 
-    def __init__(self, location: CacheLocation, half: bool = False) -> None:
-        if not isinstance(half, bool):
-            fail(TypeError, "teacher_cache_half", "True or False", repr(half))
+    def __init__(self, location: CacheLocation) -> None:
         if location not in get_args(CacheLocation):
             fail(ValueError, "teacher_cache", f"one of {get_args(CacheLocation)} or None", repr(location))
-        self.location, self.half = location, half
+        self.location = location
         self.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": self.location, "half": self.half}  # a copy of the model has no features yet
+        return {"location": self.location}  # a copy of the model has no features yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(state["location"])  # type: ignore[misc]  # older versions had more in it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep features.
@@ -150,8 +145,7 @@ class TeacherCache(FitResource):
 
     def _allocate(self, features: Features) -> None:
         """Find room for the features of all images, given those of some."""
-        dtypes = {name: torch.float16 if self.half else level.dtype for name, level in features.items()}
-        of_image = sum(level[0].numel() * dtypes[name].itemsize for name, level in features.items())
+        of_image = sum(level[0].numel() * level.dtype.itemsize for level in features.values())
         if self.location == "disk":
             size, free = self._num_images * of_image, shutil.disk_usage(tempfile.gettempdir()).free
             where = f"in {tempfile.gettempdir()}, which TMPDIR names"
@@ -168,10 +162,10 @@ class TeacherCache(FitResource):
             channels_last = level.is_contiguous(memory_format=torch.channels_last)
             shape = level.permute(0, 2, 3, 1).shape if channels_last else level.shape
             try:
-                rows = allocate((self._num_images, *shape[1:]), dtype=dtypes[name])
+                rows = allocate((self._num_images, *shape[1:]), dtype=level.dtype)
             except (OSError, RuntimeError) as error:  # a limit of the process's memory, no folder for temporary files
                 fail(ValueError, "teacher_cache", wanted, error)
-            self._levels[name] = _Level(rows, channels_last, level.dtype)
+            self._levels[name] = _Level(rows, channels_last)
         rank_zero_info(
             f"The teacher's features of {self._num_images} images, {size / 1e6:,.1f} MB, are kept in this fit."
         )
@@ -181,7 +175,7 @@ def _read(level: _Level, rows: torch.Tensor, device: torch.device) -> torch.Tens
     shape, on_gpu = (len(rows), *level.rows.shape[1:]), device.type == "cuda"
     features = torch.empty(shape, dtype=level.rows.dtype, pin_memory=on_gpu)  # a new one: the last may be on its way
     torch.index_select(level.rows, 0, rows, out=features)
-    features = features.to(device, non_blocking=on_gpu).to(level.dtype)
+    features = features.to(device, non_blocking=on_gpu)
     return features.permute(0, 3, 1, 2) if level.channels_last else features
 
 
@@ -190,9 +184,6 @@ def _write(level: _Level, rows: range, features: torch.Tensor, chosen: list[int]
     if features.shape[1:] != level.rows.shape[1:]:
         wanted = f"images of one size, with features {tuple(level.rows.shape[1:])}"
         fail(ValueError, "teacher_cache", wanted, tuple(features.shape[1:]))
-    most = torch.finfo(level.rows.dtype).max
-    if level.rows.dtype != level.dtype and features.abs().max() > most:
-        fail(ValueError, "teacher_cache_half", f"features of at most {most:.0f}", f"{features.abs().max():.4g}")
     level.rows[rows.start : rows.stop] = features if len(chosen) == len(features) else features[chosen]
 
 
@@ -244,7 +235,7 @@ def _numbers(file: str | Path) -> dict[str, int]:
 def _check_transform(argument: str, transform: Any) -> None:
     """Raise unless a transform is one of those that anomalib saves in checkpoints, which are not random."""
     try:
-        check_fixed(transform)
+        transform_to_spec(transform)
     except ValueError as error:
         got = str(error).removeprefix("Unsupported transform class: ")
         fail(ValueError, "teacher_cache", f"{_WANTED}, so no random {argument}", got)
@@ -253,10 +244,9 @@ def _check_transform(argument: str, transform: Any) -> None:
 def _count_images(loader: Any) -> int:
     """Count the images of a loader; raise where there is no telling, or they are augmented at random."""
     wanted = f"{_WANTED}, in one DataLoader whose images can be counted"
-    dataset = source = getattr(loader, "dataset", None)
-    while isinstance(source, Subset):
-        source = source.dataset
-    _check_transform("train_augmentations", getattr(source, "augmentations", None))
+    dataset = getattr(loader, "dataset", None)
+    for leaf in leaves(dataset):
+        _check_transform("train_augmentations", getattr(leaf.dataset, "augmentations", None))
     try:
         return len(dataset)  # type: ignore[arg-type]
     except TypeError:

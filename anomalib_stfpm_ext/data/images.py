@@ -21,10 +21,11 @@ from anomalib.data.utils import read_image as read_8_bits
 from anomalib.data.utils.image import is_image_file
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from PIL import ExifTags, Image
-from torch.utils.data import ConcatDataset, Subset, get_worker_info
+from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 
 from ..errors import fail
+from .nested import leaves, replace_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -145,17 +146,15 @@ def read_right(dataset: Any) -> Any:
     Raises:
         ValueError: If anomalib has made synthetic anomalies of images of more than 8 bits, which it clips.
     """
-    if isinstance(dataset, Subset):
-        dataset = copy.copy(dataset)
-        dataset.dataset = read_right(dataset.dataset)
-    elif isinstance(dataset, ConcatDataset):
-        dataset = copy.copy(dataset)
-        dataset.datasets = [read_right(part) for part in dataset.datasets]
-    elif type(dataset).__getitem__ is AnomalibDataset.__getitem__:
+    return replace_leaves(dataset, _read_right)
+
+
+def _read_right(dataset: Any) -> Any:
+    if type(dataset).__getitem__ is AnomalibDataset.__getitem__:
         if isinstance(dataset, SyntheticAnomalyDataset):
             refuse_deep(dataset, "for synthetic anomalies, for which anomalib clips others")
         return _LabelledImages(dataset)
-    elif type(dataset).__getitem__ is PredictDataset.__getitem__:
+    if type(dataset).__getitem__ is PredictDataset.__getitem__:
         return _Images(dataset)
     return dataset
 
@@ -213,23 +212,19 @@ class _Images(PredictDataset):
 
 
 def image_paths(dataset: Any) -> Iterator[str | Path]:
-    """Iterate over the files of a data set of anomalib; others have none that are known.
+    """Iterate over the files of anomalib's data sets; others have none that are known.
 
     Args:
-        dataset (Any): Any data set.
+        dataset (Any): Any data set, or nest of them.
 
     Yields:
         str | Path: A file.
     """
-    if isinstance(dataset, Subset):
-        yield from image_paths(dataset.dataset)
-    elif isinstance(dataset, ConcatDataset):
-        for part in dataset.datasets:
-            yield from image_paths(part)
-    elif isinstance(dataset, AnomalibDataset):
-        yield from dataset.samples.image_path
-    elif isinstance(dataset, PredictDataset):
-        yield from dataset.image_filenames
+    for leaf in leaves(dataset):
+        if isinstance(leaf.dataset, AnomalibDataset):
+            yield from leaf.dataset.samples.image_path.iloc[leaf.indices]
+        elif isinstance(leaf.dataset, PredictDataset):
+            yield from (leaf.dataset.image_filenames[index] for index in leaf.indices)
 
 
 def check_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .._compat import convolve_packed, lacks_packed_convolution, own_tensors, pack_convolution
+from .._compat.torch import convolve_packed, lacks_packed_convolution, own_tensors, pack_convolution
 from ..errors import fail
 from .pooling import InferenceMaxPool2d, is_plain
 

@@ -3,13 +3,16 @@
 """The post-processor of the model: anomalib's verdicts, in fewer passes over the map."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import Batch, InferenceBatch
+from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 
+from .._compat.anomalib import replace_image_threshold
 from ..feature_pyramid import is_traced
+from .threshold import MiddleThreshold
 
 
 class FewPassPostProcessor(PostProcessor):
@@ -77,6 +80,15 @@ class FewPassPostProcessor(PostProcessor):
             _Limits(self.pixel_min.item(), self.pixel_max.item(), self.pixel_threshold.item()),
         )
         return both if all(limits.are_plain() for limits in both) else None
+
+
+def use_middle_threshold(post_processor: Any) -> None:
+    """Have anomalib's post-processor set the threshold of image scores as :class:`.MiddleThreshold` does.
+
+    Args:
+        post_processor (Any): The post-processor; any other object, or one with a threshold of its own, stays as it is.
+    """
+    replace_image_threshold(post_processor, F1AdaptiveThreshold, MiddleThreshold)
 
 
 class _Limits(NamedTuple):

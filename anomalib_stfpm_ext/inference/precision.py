@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from .._compat import has_tiles
+from .._compat.torch import has_tiles
 from .folding import why_not_packed
 
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._compat import current_stream, is_tracing, is_transformed
+from .._compat.torch import current_stream, is_tracing, is_transformed
 from ..errors import fail
 from . import arguments, native
 from .arguments import Options

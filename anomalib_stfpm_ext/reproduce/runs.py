@@ -25,17 +25,26 @@ from anomalib.pipelines.components.base import Job, JobGenerator
 from anomalib.visualization.image.functional import overlay_image, visualize_anomaly_map
 from torchvision.transforms.v2.functional import to_pil_image
 
+from ..callbacks.learning_rate import PAPERS_RATE
 from ..data.images import read_image
 from ..errors import fail
 from ..figures import draw_sheet, pick
 from ..files import write_file
-from ..lightning_model import PAPERS_LEARNING_RATE, StfpmExt
+from ..lightning_model import StfpmExt
 from ..metrics import measure
 from .datasets import Category, leave_out_junk
 from .tables import write_tables
 
 # Where StfpmExt's defaults are others.
-PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False, "lr": PAPERS_LEARNING_RATE}
+PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False, "lr": PAPERS_RATE}
+# Former arguments of StfpmExt, and what they have become for good.
+GONE = {
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "lr_schedule": "constant",
+    "ema_decay": None,
+    "teacher_cache_half": False,
+}
 PR_SET_PDEATHSIG = 1  # of prctl, from Linux's headers
 
 
@@ -90,8 +99,8 @@ class Plan:
         # Of arguments that have come since, the results are of the defaults.
         defaults = {name: option.default for name, option in inspect.signature(StfpmExt).parameters.items()}
         defaults |= {"precision": "32-true", **PAPERS_RULES}
-        before = {**defaults, **json.loads(file.read_text())}
-        for name, value in settings.items():
+        before = {**defaults, **GONE, **json.loads(file.read_text())}
+        for name, value in {**GONE, **settings}.items():
             if before[name] != value:
                 wanted = f"{before[name]}, as for the results in {self.output} (or another output)"
                 fail(ValueError, name, wanted, value)

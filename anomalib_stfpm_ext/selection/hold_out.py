@@ -4,24 +4,19 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName, ValSplitMode
-from lightning.pytorch import Trainer
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
-from .._compat import data_source, forget_loader
+from .._compat.lightning import get_data, get_loader, replace_loader
 from ..data.images import read_right
+from ..data.loaders import check_splittable, same_loader
+from ..data.nested import Indices, leaves, replace_leaves
 from ..errors import fail
 
 
@@ -41,8 +36,7 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
     Raises:
         ValueError: If images cannot be held out.
     """
-    source = data_source(trainer.fit_loop)
-    datamodule: Any = source.instance
+    datamodule = get_data(trainer.fit_loop)
     if getattr(datamodule, "val_split_mode", None) == ValSplitMode.FROM_TRAIN:
         loader = datamodule.val_dataloader()
         dataset, held_out = read_right(loader.dataset), good_images(loader.dataset)
@@ -51,34 +45,39 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
             fail(ValueError, "held_out_share", wanted, f"none of {len(dataset)}")
     else:
         reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if source.is_module() and reload:
+        if isinstance(datamodule, LightningDataModule | LightningModule) and reload:
             wanted = "a data set that stays the same (or 0 to hold nothing out)"
             fail(ValueError, "held_out_share", wanted, f"reload_dataloaders_every_n_epochs={reload}")
         if not len(getattr(datamodule, "train_data", (True,))):  # of which torch makes no loader
             fail(ValueError, "held_out_share", "a data module with good training images", "one without images")
-        loader = check_splittable(source.dataloader())
+        loader = check_splittable(get_loader(trainer.fit_loop))
         good = good_images(loader.dataset)
         held_out = split(len(good), share, seed)
         dataset, held_out = loader.dataset, good[held_out]
         training = np.setdiff1d(np.arange(len(dataset)), held_out)
-        source.instance = same_loader(
+        remaining = same_loader(
             loader,
             Subset(dataset, training.tolist()),
             shuffle=isinstance(loader.sampler, RandomSampler),
             drop_last=loader.drop_last,
             generator=loader.generator or getattr(loader.sampler, "generator", None),
         )
-        if not len(source.instance):
+        if not len(remaining):
             wanted = f"a share that leaves a batch of {loader.batch_size} images to train on"
             fail(ValueError, "held_out_share", wanted, f"{len(training)} images, and drop_last=True")
-        forget_loader(trainer)
+        replace_loader(trainer.fit_loop, remaining)
         if isinstance(datamodule, AnomalibDataModule):
-            dataset = copy.copy(dataset)
-            dataset.augmentations = datamodule.test_data.augmentations
+            dataset = replace_leaves(dataset, partial(_augmented, datamodule.test_data.augmentations))
     share_of_process = held_out[trainer.global_rank :: trainer.world_size].tolist()
     # Processes are started anew each time that the images are read, which for a handful takes longer than reading them.
     num_workers = min(loader.num_workers, len(share_of_process) // (loader.batch_size or 1))
     return len(held_out), same_loader(loader, Subset(dataset, share_of_process), num_workers=num_workers)
+
+
+def _augmented(augmentations: Any, dataset: Any) -> Any:
+    dataset = copy.copy(dataset)
+    dataset.augmentations = augmentations
+    return dataset
 
 
 def check_share(share: float) -> None:
@@ -98,7 +97,7 @@ def check_share(share: float) -> None:
         fail(ValueError, "held_out_share", wanted, share)
 
 
-def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
+def split(num_images: int, share: float, seed: int) -> Indices:
     """Say which of the good training images are held out.
 
     It is the authors' split: theirs comes from scikit-learn's ``train_test_split(test_size=share, random_state=seed)``.
@@ -109,7 +108,7 @@ def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
         seed (int): Seed of the permutation; the global random numbers are neither used nor changed.
 
     Returns:
-        np.ndarray: Indices of the held-out images.
+        Indices: Those of the held-out images.
 
     Raises:
         ValueError: If no image is left on one of the sides.
@@ -121,51 +120,17 @@ def split(num_images: int, share: float, seed: int) -> "np.ndarray[Any, Any]":
     return np.random.RandomState(seed).permutation(num_images)[:num_held_out]
 
 
-def good_images(dataset: Any) -> "np.ndarray[Any, Any]":
-    """Return the indices of the good images; in a data set without anomalib's labels, all are."""
-    if isinstance(dataset, Subset):
-        return np.flatnonzero(np.isin(dataset.indices, good_images(dataset.dataset)))
-    if isinstance(dataset, ConcatDataset):
-        starts = zip(dataset.datasets, [0, *dataset.cumulative_sizes], strict=False)
-        return np.concatenate([start + good_images(part) for part, start in starts])
-    if isinstance(dataset, AnomalibDataset):
-        return np.flatnonzero(dataset.samples.label_index == LabelName.NORMAL)
-    return np.arange(len(dataset))
-
-
-def check_splittable(loader: Any) -> Any:
-    """Return the loader if its images can be split, and :func:`same_loader` can make another of it; otherwise raise."""
-    dataset: Any = getattr(loader, "dataset", None)
-    sampler: Any = getattr(loader, "sampler", None)
-    got = None
-    if type(loader) is not DataLoader:
-        got = type(loader).__qualname__
-    elif isinstance(dataset, IterableDataset):
-        got = f"the iterable {type(dataset).__qualname__}"
-    elif loader.batch_size is None:
-        got = "a DataLoader with a batch_sampler or without batches"
-    elif type(sampler) not in (RandomSampler, SequentialSampler) or getattr(sampler, "replacement", False):
-        got = f"a DataLoader with {type(sampler).__qualname__} as sampler"
-    elif len(sampler) != len(dataset):
-        got = f"a sampler of {len(sampler)} of {len(dataset)} images"
-    if got:
-        wanted = "training images in one DataLoader, all in each epoch, that can be split (or 0 to hold nothing out)"
-        fail(ValueError, "held_out_share", wanted, got)
-    return loader
-
-
-def same_loader(loader: DataLoader[Any], dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
-    """Make a loader of other images.
+def good_images(dataset: Any) -> Indices:
+    """Return the indices of the good images, ascending; in a data set without anomalib's labels, all are.
 
     Args:
-        loader (DataLoader): A loader with a batch size.
-        dataset (Dataset): The images.
-        settings (Any): What becomes different, and the sampler's settings; the rest is the given loader's.
+        dataset (Any): A data set with a length, or nest of them.
 
     Returns:
-        DataLoader: The loader.
+        Indices: The indices in the whole.
     """
-    same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "worker_init_fn", "in_order"]
-    if settings.get("num_workers", loader.num_workers):  # those of the workers
-        same += ["timeout", "multiprocessing_context", "prefetch_factor", "persistent_workers"]
-    return DataLoader(dataset, **{**{name: getattr(loader, name) for name in same}, **settings})
+    good = np.ones(len(dataset), bool)
+    for leaf in leaves(dataset):
+        if isinstance(leaf.dataset, AnomalibDataset):
+            good[leaf.positions] = leaf.dataset.samples.label_index.iloc[leaf.indices] == LabelName.NORMAL
+    return np.flatnonzero(good)

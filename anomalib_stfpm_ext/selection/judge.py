@@ -3,18 +3,21 @@
 """The judge of students: what the held-out images say of one, as they are and with anomalies made into them."""
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from .batches import evaluation_batches
+from .record import Measurement
 from .synthetic import FEWEST_IMAGES, KINDS, MOST_IMAGES, add_anomaly, level_weights, mean_auroc
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
+    from ..inference.precision import Precision
+    from ..lightning_model import StfpmExt
 
 
 class Judge:
@@ -24,14 +27,18 @@ class Judge:
         loader (DataLoader): This process's share of the held-out images.
         num_images (int): Number of held-out images, of all processes.
         synthetic (bool): Whether to judge by synthetic anomalies, too, unless the images are too few for it.
+        precision (Precision): What the networks compute in, the same for all students of a fit.
 
     Attributes:
         loader (DataLoader): As given.
+        num_images (int): As given.
         num_synthetic (int): Number of held-out images, of all processes, that are also scored with an anomaly.
     """
 
-    def __init__(self, loader: "DataLoader[Any]", num_images: int, synthetic: bool) -> None:
-        self.loader = loader
+    def __init__(
+        self, loader: "DataLoader[Any]", num_images: int, synthetic: bool, precision: "Precision" = "float32"
+    ) -> None:
+        self.loader, self.num_images, self.precision = loader, num_images, precision
         self.num_synthetic = min(num_images, MOST_IMAGES) if synthetic and num_images >= FEWEST_IMAGES else 0
         self._defective: dict[int, torch.Tensor] = {}  # those images, by their number
         if synthetic and not self.num_synthetic:
@@ -40,70 +47,55 @@ class Judge:
                 f"{num_images}. As in the paper, the student with their lowest mean anomaly map is kept."
             )
 
-    def images(self, trainer: Trainer, module: AnomalibModule) -> Iterator[torch.Tensor]:
-        """Iterate over this process's images, with the networks in evaluation mode and without gradients.
-
-        Args:
-            trainer (Trainer): Trainer in a fit.
-            module (AnomalibModule): The model.
-
-        Yields:
-            torch.Tensor: Normalised images ``(B, 3, H, W)``, on the model's device.
-        """
-        training = module.model.training
-        module.model.eval()
-        # The loader draws a seed for its workers, which must not change what the training draws.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(module.device.type, enabled=False):
-            for index, batch in enumerate(self.loader):
-                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                if isinstance(module.pre_processor, Callback):
-                    module.pre_processor.on_test_batch_start(trainer, module, batch, index)
-                yield batch.image
-        module.model.train(training)
-
     @torch.no_grad()
-    def measure(self, trainer: Trainer, module: AnomalibModule) -> tuple[float, float | None, tuple[float, ...] | None]:
-        """Measure the model's student.
+    def measure(self, trainer: Trainer, model: "StfpmExt") -> Measurement:
+        """Measure the student in training; its exponents are in force from now on.
 
         Args:
             trainer (Trainer): Trainer in a fit.
-            module (AnomalibModule): The model.
+            model (StfpmExt): The model.
 
         Returns:
-            tuple[float, float | None, tuple[float, ...] | None]: The mean anomaly map of all images, in which all
-                levels count the same; the AUROC of synthetic anomalies, with weighted levels; the weights. The last two
-                are ``None`` without synthetic anomalies, the weights also where no level alone finds them.
+            Measurement: The mean anomaly map of all images, in which all levels count the same; the AUROC of synthetic
+                anomalies, with weighted levels; the weights. The last two are ``None`` without synthetic anomalies, the
+                weights also where no level alone finds them.
         """
-        teacher = module.cached_teacher if trainer.precision == "32-true" else None  # cached features are of training
+        model.model.score_by(None, self.precision)
+        # The features that are kept are those of training.
+        teacher = model.cached_teacher if self.precision == "float32" and trainer.precision == "32-true" else None
         plain: list[_Row] = []
         good: list[_Compared] = []
         defective: list[_Compared] = []
         first = 0
-        for images in self.images(trainer, module):
+        for batch in evaluation_batches(trainer, model, self.loader):
+            images = batch.image
             # The processes take turns, so that an image has the same number, and anomaly, however many there are.
             numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
             first += len(images)
-            compared = _Compared.compare(module, numbers, images, teacher)
-            plain += compared.score(module, None)
+            compared = _Compared.compare(model.model, numbers, images, teacher)
+            plain += compared.score(model.model, None)
             if self.num_synthetic:  # else nothing will be scored again, and there may be many images
                 good.append(compared)
             if made := [number for number in numbers if number < self.num_synthetic]:
                 with_anomaly = torch.stack([self._make(number, images[place]) for place, number in enumerate(made)])
-                defective.append(_Compared.compare(module, made, with_anomaly.to(images.device), teacher))
+                defective.append(_Compared.compare(model.model, made, with_anomaly.to(images.device), teacher))
 
         def score(batches: list[_Compared], weights: tuple[float, ...] | None = None) -> torch.Tensor:
-            return _gather(trainer, [row for batch in batches for row in batch.score(module, weights)])
+            return _gather(trainer, [row for batch in batches for row in batch.score(model.model, weights)])
 
         of_good = _gather(trainer, plain)
         value = math.fsum(of_good[:, 1].tolist()) / len(of_good)
+        measurement = Measurement(trainer.current_epoch, trainer.global_step, value)
         if not self.num_synthetic:
-            return value, None, None
+            return measurement
         of_defective = score(defective)
         kinds = of_defective[:, 0].long() % len(KINDS)
         weights = level_weights(of_good[:, 3:], of_defective[:, 3:], kinds)
         if weights is not None:
             of_good, of_defective = score(good, weights), score(defective, weights)
-        return value, mean_auroc(of_good[:, 2], of_defective[:, 2], kinds), weights
+        auroc = mean_auroc(of_good[:, 2], of_defective[:, 2], kinds)
+        model.model.score_by(weights, self.precision)
+        return measurement._replace(synthetic_auroc=auroc, level_weights=weights)
 
     def _make(self, number: int, image: torch.Tensor) -> torch.Tensor:
         """Return an image with its anomaly, which is made once."""
@@ -123,11 +115,11 @@ class _Compared(NamedTuple):
     distances: dict[str, torch.Tensor]
 
     @classmethod
-    def compare(cls, module: Any, numbers: list[int], images: torch.Tensor, teacher: Any) -> "_Compared":
-        return cls(numbers, (images.shape[-2], images.shape[-1]), module.model.level_distances(images, teacher))
+    def compare(cls, network: Any, numbers: list[int], images: torch.Tensor, teacher: Any) -> "_Compared":
+        return cls(numbers, (images.shape[-2], images.shape[-1]), network.level_distances(images, teacher))
 
-    def score(self, module: Any, weights: tuple[float, ...] | None) -> list[_Row]:
-        amap, levels = module.model.combine(self.distances, self.image_size, weights)
+    def score(self, network: Any, weights: tuple[float, ...] | None) -> list[_Row]:
+        amap, levels = network.combine(self.distances, self.image_size, weights)
         columns = [torch.tensor(self.numbers)[:, None], amap.mean((2, 3)).cpu(), amap.amax((2, 3)).cpu()]
         rows: list[_Row] = torch.cat([*columns, levels.amax((2, 3)).cpu()], 1).tolist()
         return rows

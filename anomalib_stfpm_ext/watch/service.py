@@ -17,6 +17,7 @@ from PIL import Image
 from ..data.images import read_image
 from ..data.transforms import seen, shows_all
 from ..errors import fail
+from ..files import whole_file
 from ..prediction import Predictor
 from .folder import Arrivals, Version
 from .messages import printable, tell
@@ -190,11 +191,9 @@ def _save_overlay(visualizer: ImageVisualizer, batch: ImageBatch, file: Path, na
 
 
 def _save(picture: Image.Image, file: Path) -> None:
-    """Save all of a picture or nothing."""
-    unfinished = file.with_name(f".unfinished{file.suffix}")  # the name's own may be as long as names can be
+    """Save a picture; an error names its file, which Pillow's does not."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(unfinished)
-        unfinished.replace(file)
+        with whole_file(file) as unfinished:
+            picture.save(unfinished)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error

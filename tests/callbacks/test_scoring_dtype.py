@@ -10,11 +10,14 @@ from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from helpers import QUIET, folder, skip_unless_computed
 
-from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
-from anomalib_stfpm_ext.callbacks import scoring_precision
-from anomalib_stfpm_ext.callbacks.scoring_precision import ScoringPrecision, Trial
+from anomalib_stfpm_ext import Predictor, StfpmExt, StfpmExtModel, load_model
+from anomalib_stfpm_ext.callbacks import scoring_dtype
 from anomalib_stfpm_ext.inference import precision
 from anomalib_stfpm_ext.inference.precision import dtype_on, why_not
+from anomalib_stfpm_ext.selection import trial
+from anomalib_stfpm_ext.selection.judge import Judge
+from anomalib_stfpm_ext.selection.record import Measurement
+from anomalib_stfpm_ext.selection.trial import Trial
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,7 @@ def any_machine(monkeypatch):
         return None if name != "float16" and device_type == "cpu" else "it is not"
 
     monkeypatch.setattr(precision, "why_not", reason)
-    monkeypatch.setattr(scoring_precision, "why_not", reason)
+    monkeypatch.setattr(trial, "why_not", reason)
     dtype_on.cache_clear()
     yield
     dtype_on.cache_clear()
@@ -35,7 +38,7 @@ def any_machine(monkeypatch):
 @pytest.fixture
 def told(monkeypatch):
     said: list[str] = []
-    for module in ("callbacks.scoring_precision", "inference.precision", "exports"):
+    for module in ("callbacks.scoring_dtype", "callbacks.student_selection", "inference.precision", "exports"):
         for function in ("rank_zero_warn", "rank_zero_info"):
             target = f"anomalib_stfpm_ext.{module}.{function}"
             monkeypatch.setattr(target, lambda message, *_, **__: said.append(str(message)), raising=False)
@@ -54,7 +57,7 @@ def make_model(resnet18_weights):
 @pytest.fixture
 def fit(images, tmp_path):
     def run(model, **arguments) -> Engine:
-        engine = Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET, **arguments)
+        engine = Engine(default_root_dir=tmp_path, **(QUIET | {"max_epochs": 1} | arguments))
         engine.fit(model, datamodule=folder(images))
         return engine
 
@@ -144,7 +147,7 @@ def test_what_the_machine_lacks_is_not_what_checkpoints_are_of(make_model, fit, 
 
 def test_auto_takes_what_is_faster_and_validates_anew(make_model, fit, images, monkeypatch, told):
     skip_unless_computed("bfloat16")
-    monkeypatch.setattr(ScoringPrecision, "_try", lambda *_: Trial(8, 0.01, 2.0))
+    monkeypatch.setattr(trial, "try_precision", lambda *_: Trial(8, 0.01, 2.0))
     model = make_model(inference_precision="auto")
     engine = fit(model)
     assert model.model.precision == "bfloat16"
@@ -154,16 +157,16 @@ def test_auto_takes_what_is_faster_and_validates_anew(make_model, fit, images, m
     before = loaded.post_processor.image_max.clone()
     engine.validate(loaded, datamodule=folder(images))
     torch.testing.assert_close(loaded.post_processor.image_max, before, rtol=1e-6, atol=0)
-    loaded.model.precision = "float32"
+    loaded.model.score_by(None, "float32")
     engine.validate(loaded, datamodule=folder(images))
     assert not torch.equal(loaded.post_processor.image_max, before)
 
 
 @pytest.mark.parametrize(
-    "trial", [Trial(8, 0.2, 2.0), Trial(4, 0.01, 2.0), Trial(8, 0.01, 0.9), Trial(8, math.inf, 2.0)]
+    "result", [Trial(8, 0.2, 2.0), Trial(4, 0.01, 2.0), Trial(8, 0.01, 0.9), Trial(8, math.inf, 2.0)]
 )
-def test_auto_stays_with_float32(make_model, fit, monkeypatch, told, trial):
-    monkeypatch.setattr(ScoringPrecision, "_try", lambda *_: trial)
+def test_auto_stays_with_float32(make_model, fit, monkeypatch, told, result):
+    monkeypatch.setattr(trial, "try_precision", lambda *_: result)
     model = make_model(inference_precision="auto")
     engine = fit(model)
     assert model.model.precision == "float32"
@@ -175,11 +178,13 @@ def test_auto_without_held_out_images_says_so(make_model, fit, told):
     model = make_model(inference_precision="auto", held_out_share=0)
     fit(model)
     assert model.model.precision == "float32"
-    assert any("no images are held out to try bfloat16 on; the networks compute in float32" in line for line in told)
+    assert any(
+        "no images are held out to try other precisions on; the networks compute in float32" in line for line in told
+    )
 
 
 def test_what_moves_scores_is_told(make_model, fit, monkeypatch, told):
-    monkeypatch.setattr(ScoringPrecision, "_try", lambda *_: Trial(8, 0.3, 2.0))
+    monkeypatch.setattr(scoring_dtype, "try_precision", lambda *_: Trial(8, 0.3, 2.0))
     fit(make_model(inference_precision="bfloat16"))
     assert any("by 0.300 of their standard deviation (0.1 is tolerated). Verdicts may be other" in x for x in told)
 
@@ -187,22 +192,83 @@ def test_what_moves_scores_is_told(make_model, fit, monkeypatch, told):
 def test_the_trial_compares_both_on_the_held_out_images(make_model, fit, monkeypatch):
     skip_unless_computed("bfloat16")
     trials = []
-    original = ScoringPrecision._try
 
     def record(*arguments):
-        trials.append(original(*arguments))
+        trials.append(trial.try_precision(*arguments))
         return trials[-1]
 
-    monkeypatch.setattr(ScoringPrecision, "_try", record)
+    monkeypatch.setattr(scoring_dtype, "try_precision", record)
     model = make_model(inference_precision="bfloat16", held_out_share=0.5)
     fit(model)
-    (trial,) = trials
-    assert trial.images == 4
-    assert 0 < trial.shift < math.inf
-    assert trial.speedup > 0
+    (result,) = trials
+    assert result.images == 4
+    assert 0 < result.shift < math.inf
+    assert result.speedup > 0
     assert model.model.precision == "bfloat16"
 
 
 def test_a_precision_that_does_not_exist(make_model):
     with pytest.raises(ValueError, match=r"inference_precision: wanted None or one of .* got 'int4'"):
         make_model(inference_precision="int4")
+
+
+@pytest.mark.parametrize("given", [{"post_processor": False}, {"limit_val_batches": 0}], ids=str)
+def test_what_auto_takes_is_saved_without_a_threshold_too(make_model, fit, monkeypatch, given):
+    skip_unless_computed("bfloat16")
+    monkeypatch.setattr(trial, "try_precision", lambda *_: Trial(8, 0.01, 2.0))
+    of_model = {name: value for name, value in given.items() if name == "post_processor"}
+    model = make_model(inference_precision="auto", **of_model)
+    engine = fit(model, **{name: value for name, value in given.items() if name not in of_model})
+    assert model.model.precision == "bfloat16"
+    assert load_model(engine.best_model_path).model.precision == "bfloat16"
+
+
+def test_a_precision_is_tried_with_the_exponents_of_the_student(make_model, fit, monkeypatch):
+    """The first of two students is the better one, and is tried once more when the second has been measured."""
+    skip_unless_computed("bfloat16")
+    tried = []
+
+    def record(_precision, _judge, _trainer, model):
+        tried.append((model.model.level_weights, student_sum(model)))
+        return Trial(8, 0.01, 2.0)
+
+    monkeypatch.setattr(scoring_dtype, "try_precision", record)
+    monkeypatch.setattr(Judge, "measure", measured((1, 0.9, (1.5, 0.5)), (2, 0.5, (0.5, 1.5))))
+    model = make_model(inference_precision="bfloat16", held_out_share=0.5)
+    fit(model, max_epochs=2)
+    best = model.student_selection.best
+    assert best.level_weights == (1.5, 0.5)
+    assert tried == [(best.level_weights, student_sum(model))]
+
+
+def measured(*results):
+    """Stand in for the judge: mean map, AUROC and exponents of one student after the other."""
+    each = iter(results)
+
+    def measure(judge, trainer, model) -> Measurement:
+        value, auroc, weights = next(each)
+        model.model.score_by(weights, judge.precision)
+        return Measurement(trainer.current_epoch, trainer.global_step, value, auroc, weights)
+
+    return measure
+
+
+def student_sum(model: StfpmExt) -> float:
+    return sum(tensor.double().sum().item() for tensor in model.model.student_model.state_dict().values())
+
+
+@pytest.mark.parametrize("cache", ["memory", None])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_judge_scores_in_one_precision(make_model, fit, monkeypatch, cache, precision):
+    """Whether the teacher's features are kept or not."""
+    skip_unless_computed("bfloat16")
+    computed = set()
+    original = StfpmExtModel._distances
+
+    def record(self, teacher, student, images):
+        computed.update(str(level.dtype) for side in (teacher, student) for level in side.values())
+        return original(self, teacher, student, images)
+
+    monkeypatch.setattr(StfpmExtModel, "_distances", record)
+    fit(make_model(inference_precision=precision, teacher_cache=cache))
+    assert computed == {f"torch.{precision}"}

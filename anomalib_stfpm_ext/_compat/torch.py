@@ -1,66 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Names of torch, Lightning and anomalib that are private or not in all releases, each in one function, with reasons.
+"""What torch has no public name for, or none as fast."""
 
-A new release may rename them. Then ``tests/test_compat.py`` fails, and this is the one file to mend.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from anomalib import PrecisionType
-from anomalib.data.transforms import ExportableCenterCrop
 from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torchvision.transforms.v2 import CenterCrop, Compose, Grayscale, Normalize, Resize, Transform
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.plugins import LayerSync
-
-
-def safe_globals() -> AbstractContextManager[None]:
-    """Allow torch to load what anomalib's checkpoints hold besides tensors.
-
-    anomalib has a public name for it from 2.7 on; before, its engine allowed all.
-
-    Returns:
-        AbstractContextManager[None]: The context in which ``torch.load(weights_only=True)`` takes them.
-    """
-    try:
-        from anomalib.utils.serialization import anomalib_safe_globals
-    except ImportError:
-        anomalib_safe_globals = partial(torch.serialization.safe_globals, [PrecisionType])
-    context: AbstractContextManager[None] = anomalib_safe_globals()
-    return context
-
-
-def check_fixed(transform: Transform | None) -> None:
-    """Raise unless a transform is one of those that anomalib saves in checkpoints, none of which is random.
-
-    anomalib knows them from 2.7 on; before, it pickled any.
-
-    Args:
-        transform (Transform | None): torchvision's transform.
-
-    Raises:
-        ValueError: If it is, or contains, another one.
-    """
-    try:
-        from anomalib.pre_processing.utils.spec import transform_to_spec
-    except ImportError:
-        for each in (stack := [transform]):  # which grows meanwhile
-            if isinstance(each, Compose):
-                stack += each.transforms
-            elif not isinstance(each, Resize | Normalize | CenterCrop | ExportableCenterCrop | Grayscale | None):
-                msg = f"Unsupported transform class: {type(each).__module__}.{type(each).__qualname__}"
-                raise ValueError(msg) from None
-    else:
-        transform_to_spec(transform)
 
 
 def is_transformed() -> bool:
@@ -285,71 +233,3 @@ def has_tiles(precision: str) -> bool:
         torch.cpu, {"bfloat16": "_is_amx_tile_supported", "float16": "_is_amx_fp16_supported"}[precision]
     )
     return bool(has())
-
-
-def data_source(loop: Any) -> Any:
-    """Return where a loop of the trainer has its loader from.
-
-    Lightning has no public way to a loader that was given to ``fit``, nor to choose the sampler of a stage.
-
-    Args:
-        loop (Any): ``trainer.fit_loop``, ``trainer.test_loop`` or the like.
-
-    Returns:
-        Any: The source: ``instance`` is a data module or a loader, ``dataloader()`` makes or returns the loader.
-    """
-    return loop._data_source
-
-
-def forget_loader(trainer: "Trainer") -> None:
-    """Have the fit make its loader anew, from what its :func:`data_source` is now.
-
-    A learning rate finder leaves the loader of its own fit behind, which Lightning would use again.
-
-    Args:
-        trainer (Trainer): Trainer before its first epoch.
-    """
-    trainer.fit_loop._combined_loader = None
-
-
-def uses_distributed_sampler(trainer: "Trainer") -> bool:
-    """Return ``use_distributed_sampler``, as the user gave it to the trainer.
-
-    The trainer keeps it in a private object alone.
-
-    Args:
-        trainer (Trainer): The trainer.
-
-    Returns:
-        bool: Whether Lightning may replace samplers.
-    """
-    return trainer._accelerator_connector.use_distributed_sampler
-
-
-def replace_image_threshold(post_processor: Any, kind: type, replacement: Callable[..., Any]) -> None:
-    """Replace what computes a post-processor's threshold of image scores.
-
-    anomalib takes none from a caller.
-
-    Args:
-        post_processor (Any): The post-processor; any other object stays as it is.
-        kind (type): Class of what is replaced; another one stays.
-        replacement (Callable[..., Any]): Makes the new one of the same arguments.
-    """
-    if type(getattr(post_processor, "_image_threshold_metric", None)) is kind:
-        post_processor._image_threshold_metric = replacement(fields=["pred_score", "gt_label"], strict=False)
-
-
-def replace_layer_sync(trainer: "Trainer", kind: type, replacement: "LayerSync") -> None:
-    """Replace the strategy's synchronisation of batch norms.
-
-    Lightning takes one only from the constructor of the trainer, which is the user's.
-
-    Args:
-        trainer (Trainer): Trainer in its set-up.
-        kind (type): Class of the synchronisation to be replaced; another one stays, and so does none.
-        replacement (LayerSync): The new one.
-    """
-    strategy: Any = trainer.strategy
-    if isinstance(getattr(strategy, "_layer_sync", None), kind):
-        strategy._layer_sync = replacement

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The learning rate where the user gives none, settled once it is known how many images are held out."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from ..selection.synthetic import FEWEST_IMAGES
+
+if TYPE_CHECKING:
+    from .student_selection import Selection
+
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
+PAPERS_RATE, LARGE_RATE = 0.4, 1.6
+
+
+def default_rate(student: nn.Module, selection: "Selection", precise_bn: bool, held_out: float) -> tuple[float, str]:
+    """Choose four times the paper's learning rate where that is known to do well.
+
+    Batch norm takes the scale out of the weights before it, and too large a step only increases that scale, so that the
+    next steps are smaller (Arora et al., arXiv 1812.03981). Students without it diverge. Running statistics lag behind
+    large steps, precise ones do not. Where all levels count the same, it wins on some data and loses on other.
+
+    Args:
+        student (nn.Module): The student.
+        selection (Selection): See :class:`.StfpmExt`.
+        precise_bn (bool): Likewise.
+        held_out (float): How many images are held out; infinity where some are, and the number is not known yet.
+
+    Returns:
+        tuple[float, str]: The learning rate, and why.
+    """
+    norms = [module for module in student.modules() if isinstance(module, NORMS)]
+    if not norms or not all(isinstance(norm, nn.BatchNorm2d) for norm in norms):
+        return PAPERS_RATE, "the student has other normalisation than batch norm, or none"
+    if not precise_bn:
+        return PAPERS_RATE, "precise_bn is off"
+    if selection != "synthetic":
+        return PAPERS_RATE, f"selection is {selection}"
+    if held_out < FEWEST_IMAGES:
+        return PAPERS_RATE, f"{held_out} images are held out, and exponents of the levels need {FEWEST_IMAGES}"
+    return LARGE_RATE, "the student has precise batch norm, and its levels get exponents"
+
+
+class LearningRate(Callback):
+    """Settles the learning rate at the start of a fit, unless the user, a finder or a checkpoint has.
+
+    It comes after :class:`.StudentSelection`, which holds images out.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the rate for the number of held-out images, and say why."""
+        model: Any = pl_module
+        selection, before = model.student_selection, model.lr
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        is_ours = before == model.default_lr and any(group["lr"] == before for group in groups)
+        if not is_ours or trainer.ckpt_path is not None:
+            return
+        held_out = selection.judge.num_images if selection.judge else 0
+        rate, reason = default_rate(model.model.student_model, selection.selection, model.precise_bn, held_out)
+        if rate != before and trainer.lr_scheduler_configs:
+            rank_zero_warn(f"lr: wanted {rate}, since {reason}, got a schedule that begins with {before}. Give lr.")
+            return
+        for group in groups:
+            group["lr"] = rate if group["lr"] == before else group["lr"]
+        model.lr = model.default_lr = rate
+        rank_zero_info(f"lr: {rate}, since {reason}.")
