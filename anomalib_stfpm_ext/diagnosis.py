@@ -57,10 +57,13 @@ def _cuda() -> str:
     import torch
 
     from .ops import native
+    from .ops.anomaly_map import why_no_kernel
 
     architectures = native.cuda_architectures or "none, features on a GPU are scored by torch operations"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
-    return f"scorer holds {architectures}; torch was built for CUDA {torch.version.cuda}, sees {device}"
+    answer = f"scorer holds {architectures}; torch was built for CUDA {torch.version.cuda}, sees {device}"
+    reason = why_no_kernel(torch.device("cuda")) if torch.cuda.is_available() and native.cuda_architectures else None
+    return f"{answer}; torch operations score there: {reason}" if reason else answer
 
 
 def _packed() -> str:

@@ -14,7 +14,7 @@ from timm.models import load_state_dict
 from torch import nn
 from typing_extensions import Self
 
-from ._compat.torch import descendants, has_hooks, is_dispatched, is_tracing, is_transformed, own_tensors, versions
+from ._compat.torch import descendants, has_hooks, is_traced, is_transformed, own_tensors, versions
 from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name, torch_hub_file
 from .errors import fail
 from .inference.folding import fold
@@ -279,15 +279,3 @@ class Student(FeaturePyramid):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
                 nn.init.ones_(module.weight)
-
-
-def is_traced(images: torch.Tensor) -> bool:
-    """Tell whether a compiler, an exporter or a tracer follows what is computed.
-
-    Args:
-        images (torch.Tensor): The images.
-
-    Returns:
-        bool: Whether one does, or nothing is computed at all.
-    """
-    return torch.compiler.is_compiling() or images.is_meta or is_tracing() or is_dispatched()

@@ -183,10 +183,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         """Score a batch in the model's own precision, whatever the trainer's is.
 
         Args:
-            batch (Batch): Images ``(B, 3, H, W)``.
-
-        Returns:
-            STEP_OUTPUT: The batch with anomaly maps and raw scores.
+            batch (Batch): Images ``(B, 3, H, W)``; it gets anomaly maps and raw scores.
         """
         with torch.autocast(self.device.type, enabled=False):
             return batch.update(**self.model(batch.image)._asdict())  # type: ignore[no-any-return]

@@ -42,8 +42,8 @@ class StfpmExtLoss(nn.Module):
         One pass over the features gives the loss, another its gradient; what is kept between them is two numbers for
         each position. :func:`formula` takes over, slower, where the teacher requires gradients, under ``torch.func``
         and forward-mode differentiation, on devices other than the CPU and CUDA, and on CUDA where the build has no
-        CUDA code. The gradient of the fused loss cannot be
-        differentiated again: that is a ``NotImplementedError``.
+        code that runs on the device. The gradient of the fused loss cannot be differentiated again: that is a
+        ``NotImplementedError``.
 
     Example:
         >>> import torch
@@ -74,7 +74,7 @@ class StfpmExtLoss(nn.Module):
         Raises:
             TypeError: If an argument is of the wrong kind, or the dtypes are mixed or not supported.
             ValueError: If shapes, devices or level names do not fit.
-            RuntimeError: If CUDA fails, or the build holds no code for the device's architecture.
+            RuntimeError: If CUDA fails.
         """
         names, teacher_levels, student_levels = pair_levels(teacher, student)
         try:

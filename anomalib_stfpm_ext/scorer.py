@@ -13,18 +13,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from .errors import fail
 from .ops import native
-from .ops.arguments import (
-    OUTPUT_DTYPES,
-    Combination,
-    check_features,
-    check_options,
-    check_outputs,
-    check_sizes,
-    dtype_name,
-    output_shapes,
-    pair_levels,
-)
+from .ops.arguments import OUTPUT_DTYPES, Combination, check_call, dtype_name, output_shapes, pair_levels
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +97,8 @@ def anomaly_map(
     Raises:
         TypeError: If an argument is of the wrong kind, or the dtypes are mixed or not supported.
         ValueError: If shapes, devices, level names, sizes, options or the memory of ``out`` do not fit; on CUDA also if
-            the build has no CUDA scorer, or the map or a level has more than 2**30 positions.
-        RuntimeError: If CUDA fails, or the build holds no code for the device's architecture.
+            the build has no scorer that runs on the device, or the map or a level has more than 2**30 positions.
+        RuntimeError: If CUDA fails.
 
     Note:
         Tensors that require gradients while gradients are enabled, and tensors on devices other than the CPU and CUDA,
@@ -122,7 +113,11 @@ def anomaly_map(
         ((1, 1, 8, 8), array([2.], dtype=float32))
     """
     names, teacher_levels, student_levels = pair_levels(teacher, student)
-    options = check_options(weights, combine, combine_size, level_maps, names)
+    if isinstance(weights, Mapping):
+        if list(weights) != names:
+            fail(ValueError, "weights", f"the levels {names} in this order", list(weights))
+        weights = list(weights.values())
+    options = weights, combine, combine_size, level_maps
     torch = sys.modules.get("torch")
     if torch is not None and any(isinstance(level, torch.Tensor) for level in teacher_levels[:1] + student_levels[:1]):
         try:
@@ -130,24 +125,21 @@ def anomaly_map(
 
             return operators.anomaly_map(teacher_levels, student_levels, image_size, options, out)
         except Exception:
-            check_features(teacher_levels, student_levels, torch.Tensor, names)  # names what it complains of
+            # The operators have checked it, without the levels' names; what torch refused itself is said better here.
+            check_call(teacher_levels, student_levels, torch.Tensor, image_size, options, out, names)
             raise
 
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
-    check_features(teacher_levels, student_levels, np.ndarray, names)
-    image_size, options = check_sizes(image_size, options)
-    shapes = output_shapes(teacher_levels, image_size, options)
-    dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
+    image_size, checked = check_call(teacher_levels, student_levels, np.ndarray, image_size, options, out, names)
     if out is None:
-        out = [np.empty(shape, dtype) for shape in shapes]
-    else:
-        check_outputs(out, np.ndarray, shapes, np.dtype(dtype))
+        dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
+        out = [np.empty(shape, dtype) for shape in output_shapes(teacher_levels, image_size, checked)]
     if native.is_built:
-        call = native.scorer_call(teacher_levels, student_levels, out, options, _ARRAYS)
+        call = native.scorer_call(teacher_levels, student_levels, out, checked, _ARRAYS)
         native.anomaly_map(call, torch.get_num_threads() if torch is not None else cpu_count())
     else:
-        _score_by_torch(teacher_levels, student_levels, image_size, options, out)
+        _score_by_torch(teacher_levels, student_levels, image_size, checked, out)
     return tuple(out)
 
 
@@ -176,7 +168,7 @@ def _as_numpy(level: Any) -> Any:
             try:
                 level = np.asarray(memoryview(level))
             except TypeError:
-                return level  # for check_features to refuse
+                return level  # for check_call to refuse
     if not level.flags.aligned or any(stride % level.itemsize for stride in level.strides):
         return level.copy()
     return level

@@ -15,9 +15,9 @@ from anomalib.data import InferenceBatch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from ._compat.torch import register_namedtuple
+from ._compat.torch import is_traced, register_namedtuple
 from .errors import fail
-from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher, is_traced
+from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher
 from .inference.concurrent import can_run_concurrently, run_concurrently
 from .inference.precision import PRECISIONS, Precision, dtype_on
 from .ops.anomaly_map import has_kernel

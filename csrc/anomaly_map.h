@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "features.h"
+#include "levels.h"
 
 namespace stfpm_ext {
 
@@ -57,5 +57,9 @@ void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads);
 /// `scratch`: room for the distances of all levels, batch * sum of height * width elements of the map's type, and
 /// behind them, unless combines_in_map(), batch * combine_height * combine_width more.
 void anomaly_map_cuda(const AnomalyMapParams& params, void* scratch, int device, void* stream);
+
+/// Throws std::runtime_error where `device` does not run the kernels: this build has no code for it, or its driver is
+/// too old for this build. Launches nothing.
+void try_cuda(int device);
 
 }  // namespace stfpm_ext

@@ -37,8 +37,10 @@ namespace {
 template <class Real>
 STFPM_EXT_HOST_DEVICE Real multiply_add(Real a, Real b, Real c) {
 #if defined(__FMA__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
-  if constexpr (sizeof(Real) == sizeof(float)) return ::fmaf(a, b, c);
-  return ::fma(a, b, c);
+  if constexpr (sizeof(Real) == sizeof(float))
+    return ::fmaf(a, b, c);
+  else
+    return ::fma(a, b, c);
 #else
   return a * b + c;
 #endif

@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "features.h"
+#include "levels.h"
 
 namespace stfpm_ext {
 

@@ -152,6 +152,29 @@ def test_resumed_run_ends_as_the_unbroken_one(fit, weights):
     assert resumed[KEY]["fit"]["history"] == unbroken[KEY]["fit"]["history"]
 
 
+def test_images_have_the_size_of_the_checkpoint(fit, images, weights, tmp_path):
+    """Whatever size the model has that loads it: data modules resize, too, and before a checkpoint is loaded."""
+    path = fit(make_model(weights[0]), epochs=1)
+    data = {"normal_dir": "good", "normal_test_dir": "good_test", "abnormal_dir": "bad", "num_workers": 0, "seed": 0}
+    results = []
+    for model in (
+        StfpmExt.load_from_checkpoint(path, teacher_weights=weights[0], visualizer=False),
+        make_model(weights[0], pre_processor=True, image_size=None),  # of 256x256
+    ):
+        engine = Engine(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+        batches = engine.predict(model, datamodule=Folder("noise", root=images, **data), ckpt_path=path)
+        results.append(torch.cat([batch.pred_score.flatten() for batch in batches]))
+    assert torch.equal(*results)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(fit, weights, tmp_path):
+    newer = content(fit(make_model(weights[0]), epochs=1))
+    newer[KEY]["version"] += 1
+    torch.save(newer, tmp_path / "newer.ckpt")
+    with pytest.raises(ValueError, match=r"checkpoint: wanted one of version 3 at most, .*got version 4"):
+        StfpmExt.load_from_checkpoint(tmp_path / "newer.ckpt", teacher_weights=weights[0])
+
+
 def test_checksum():
     tensors = {"a.weight": torch.rand(2, 3, 4, 5), "b": torch.rand(3), "norm.num_batches_tracked": torch.tensor(3)}
     expected = checksum(tensors)

@@ -22,7 +22,7 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.cli.handler import run_command
+from anomalib_stfpm_ext.console import run_command
 from anomalib_stfpm_ext.convert import save_checkpoint
 from anomalib_stfpm_ext.data.images import read_image
 from anomalib_stfpm_ext.watch import make_parser, run

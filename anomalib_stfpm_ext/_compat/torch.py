@@ -46,6 +46,18 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def is_traced(images: torch.Tensor) -> bool:
+    """Tell whether a compiler, an exporter or a tracer follows what is computed.
+
+    Args:
+        images (torch.Tensor): The images.
+
+    Returns:
+        bool: Whether one does, or nothing is computed at all.
+    """
+    return torch.compiler.is_compiling() or images.is_meta or is_tracing() or is_dispatched()
+
+
 def current_stream(device: torch.device) -> int:
     """Return torch's current stream on a CUDA device, as kernels take it.
 

@@ -13,6 +13,6 @@ def main(arguments: list[str] | None = None) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what anomalib and timm have to say to each other
-        from .handler import run_command
+        from ..console import run_command
         from .parser import make_parser, run
     run_command(make_parser(), run, arguments)

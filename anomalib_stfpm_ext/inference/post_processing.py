@@ -11,7 +11,7 @@ from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 
 from .._compat.anomalib import replace_image_threshold
-from ..feature_pyramid import is_traced
+from .._compat.torch import is_traced
 from .threshold import MiddleThreshold
 
 

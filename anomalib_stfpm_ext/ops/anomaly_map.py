@@ -6,6 +6,7 @@ The formula of ``reference`` serves gradients, exporters and devices without a k
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 
 from .._compat.torch import current_stream, is_tracing, is_transformed
 from ..errors import fail
-from . import arguments, native
-from .arguments import Options
+from . import native
+from .arguments import Options, check_call, output_shapes
 from .reference import formula, output_dtype
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
-_OPTIONS = "float[] weights=[], str combine='product', SymInt[]? combine_size=None"
+_OPTIONS = "float[]? weights=None, str combine='product', SymInt[]? combine_size=None"
 _LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]
 # Without weights, each level's is 1. The results: map, scores and, if asked for, level maps.
 _LIBRARY.define(
@@ -28,48 +29,40 @@ _LIBRARY.define(
     f"anomaly_map_out({_INPUTS}, *, {_OPTIONS}, Tensor(a!) amap, Tensor(b!) score, Tensor(c!)? level_maps=None) -> ()"
 )
 
+_OPERATORS = torch.ops.anomalib_stfpm_ext
 Tensors = Sequence[torch.Tensor]
 TENSORS = native.Access(torch.Tensor.data_ptr, torch.Tensor.stride)
 
 
 def anomaly_map(
-    teacher: Tensors, student: Tensors, image_size: Sequence[int], options: Options, out: Tensors | None
+    teacher: Tensors,
+    student: Tensors,
+    image_size: Sequence[int],
+    options: tuple[Any, Any, Any, Any],
+    out: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Score features of any kind, which the operators and this check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
-    if not torch.compiler.is_compiling():  # of symbols the operators check the values, when they run
-        image_size, options = arguments.check_sizes(image_size, options)
+    """Score features of any kind, which the operators check; see :func:`anomalib_stfpm_ext.anomaly_map`."""
     differentiable = _is_differentiable(teacher, student)
-    weights, combine, combine_size, level_maps = options
-    if out is not None:
-        if differentiable:
-            fail(ValueError, "out", "None where gradients are required", "memory that has none")
-        shapes = arguments.output_shapes(teacher, image_size, options)
-        arguments.check_outputs(out, torch.Tensor, shapes, output_dtype(teacher), teacher[0].device)
-        torch.ops.anomalib_stfpm_ext.anomaly_map_out.default(
-            teacher,
-            student,
-            weights=weights,
-            combine=combine,
-            combine_size=combine_size,
-            amap=out[0],
-            score=out[1],
-            level_maps=out[2] if level_maps else None,
+    if out is not None and differentiable:
+        fail(ValueError, "out", "None where gradients are required", "memory that has none")
+    if out is None and (differentiable or _is_exported_without_operators()):
+        symbols = torch.compiler.is_compiling()
+        return formula(
+            teacher, student, *check_call(teacher, student, torch.Tensor, image_size, options, symbols=symbols)
         )
-        return tuple(out)
-    if differentiable or _is_exported_without_operators():
-        arguments.check_features(teacher, student, torch.Tensor)
-        return formula(teacher, student, image_size, options)
-    return tuple(
-        torch.ops.anomalib_stfpm_ext.anomaly_map.default(
-            teacher,
-            student,
-            *image_size,
-            weights=weights,
-            combine=combine,
-            combine_size=combine_size,
-            level_maps=level_maps,
+    weights, combine, combine_size, keeps_levels = options
+    weights = None if weights is None else [float(weight) for weight in weights]
+    keywords = {"weights": weights, "combine": combine, "combine_size": combine_size}
+    if out is None:
+        return tuple(
+            _OPERATORS.anomaly_map.default(teacher, student, *image_size, level_maps=bool(keeps_levels), **keywords)
         )
-    )
+    memory: tuple[Any, ...] = tuple(out) if keeps_levels else (*out, None)
+    amap, score, level_maps = memory
+    if amap.shape[2:] != torch.Size(image_size):  # the operator has the size from the map
+        fail(ValueError, "out[0]", f"a map of {tuple(image_size)} pixels", tuple(amap.shape))
+    _OPERATORS.anomaly_map_out.default(teacher, student, amap=amap, score=score, level_maps=level_maps, **keywords)
+    return tuple(out)
 
 
 def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
@@ -82,17 +75,66 @@ def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether this build has kernels of its own for a device; ROCm, which torch calls cuda too, has none."""
+    """Whether this build has kernels of its own that run on a device."""
+    return why_no_kernel(device) is None
+
+
+def why_no_kernel(device: torch.device) -> str | None:
+    """Say why this build has no kernels that run on a device.
+
+    Of a CUDA device, the answer is found once. ``torch.compile`` cannot follow the search: until it is made, kernels
+    are taken to run there, and an error says if they do not.
+
+    Args:
+        device (torch.device): The device.
+
+    Returns:
+        str | None: The reason, or ``None`` where they run.
+    """
     if device.type == "cpu":
-        return native.is_built
-    return device.type == "cuda" and bool(native.cuda_architectures) and not torch.version.hip
+        return None if native.is_built else "this installation has no compiled scorer"
+    if device.type != "cuda" or torch.version.hip:  # which torch calls cuda too
+        return f"there is no scorer for {'ROCm' if torch.version.hip else device.type}"
+    if not native.cuda_architectures:
+        return "this build has no CUDA scorer"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _why_not_on_cuda and not torch.compiler.is_compiling():
+        _why_not_on_cuda[index] = _try_cuda(index)
+    return _why_not_on_cuda.get(index)
+
+
+_why_not_on_cuda: dict[int, str | None] = {}  # by index of the device
+
+
+def _try_cuda(index: int) -> str | None:
+    try:
+        capability = torch.cuda.get_device_capability(index)
+        if not any(_runs_on(capability, architecture) for architecture in native.cuda_architectures.split(", ")):
+            held = f"this build holds CUDA code for {native.cuda_architectures} only"
+            return f"device {index} has compute capability {capability[0]}.{capability[1]}, and {held}"
+        native.try_cuda(index)
+    except Exception as error:  # whatever it is, the scorer's would be the same
+        return str(error)
+    return None
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Whether a device runs code for an architecture, such as ``"90"``, ``"90a"`` or ``"90 (PTX)"``."""
+    parts = re.fullmatch(r"(\d+)(\d)([af]?)( \(PTX\))?", architecture)
+    if parts is None:
+        return True  # "native" and the like: the device is asked next
+    built = int(parts[1]), int(parts[2])
+    if parts[3] == "a":
+        return capability == built
+    goes_beyond = parts[4] is not None and not parts[3]  # the major version: machine code and code of a family do not
+    return capability >= built and (goes_beyond or capability[0] == built[0])
 
 
 def check_kernel(device: torch.device) -> None:
     """Raise an error where the build has no kernels for the features' device."""
-    if not has_kernel(device):
-        wanted = "features on the CPU, since this build has no CUDA scorer (docs/install.md)"
-        fail(ValueError, "teacher[0]", wanted, device)
+    reason = why_no_kernel(device)
+    if reason is not None:
+        fail(ValueError, "teacher[0]", f"features on the CPU, since {reason} (docs/install.md)", device)
 
 
 def _is_exported_without_operators() -> bool:
@@ -104,26 +146,39 @@ def _is_exported_without_operators() -> bool:
 
 def _allocate(teacher: Tensors, image_size: Sequence[int], options: Options) -> list[torch.Tensor]:
     dtype, device = output_dtype(teacher), teacher[0].device
-    shapes = arguments.output_shapes(teacher, image_size, options)
+    shapes = output_shapes(teacher, image_size, options)
     return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
+def _check(
+    teacher: Tensors,
+    student: Tensors,
+    image_size: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    combine: str = "product",
+    combine_size: Sequence[int] | None = None,
+    level_maps: bool = False,
+    **more: Any,
+) -> tuple[tuple[int, int], Options]:
+    """Check a call of an operator. The defaults are the schema's, which torch does not pass on."""
+    options = weights, combine, combine_size, level_maps
+    return check_call(teacher, student, torch.Tensor, image_size, options, **more)
+
+
 def _fake(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    arguments.check_features(teacher, student, torch.Tensor)
-    return _allocate(teacher, (height, width), _options(teacher, **options))
+    return _allocate(teacher, *_check(teacher, student, (height, width), symbols=True, **options))
 
 
 def _fused(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    arguments.check_features(teacher, student, torch.Tensor)
-    image_size, checked = arguments.check_sizes((height, width), _options(teacher, **options))
+    image_size, checked = _check(teacher, student, (height, width), **options)
     outputs = _allocate(teacher, image_size, checked)
     _run(teacher, student, outputs, checked)
     return outputs
 
 
 def _default(teacher: Tensors, student: Tensors, height: int, width: int, **options: Any) -> list[torch.Tensor]:
-    arguments.check_features(teacher, student, torch.Tensor)
-    return list(formula(teacher, student, *arguments.check_sizes((height, width), _options(teacher, **options))))
+    return list(formula(teacher, student, *_check(teacher, student, (height, width), **options)))
 
 
 def _check_out(
@@ -133,34 +188,28 @@ def _check_out(
     amap: torch.Tensor,
     score: torch.Tensor,
     level_maps: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[list[torch.Tensor], Options]:
-    """Check the arguments, and return the memory for the results and the options."""
-    arguments.check_features(teacher, student, torch.Tensor)
+    **more: Any,
+) -> tuple[list[torch.Tensor], tuple[int, int], Options]:
+    """Check a call with memory of the caller, and return that, the image's size and the options."""
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
-    checked = _options(teacher, level_maps=level_maps is not None, **options)
-    image_size, checked = arguments.check_sizes(amap.shape[2:], checked)
-    shapes = arguments.output_shapes(teacher, image_size, checked)
     out = [amap, score] if level_maps is None else [amap, score, level_maps]
-    arguments.check_outputs(out, torch.Tensor, shapes, output_dtype(teacher), teacher[0].device)
-    return out, checked
+    return out, *_check(teacher, student, amap.shape[2:], level_maps=level_maps is not None, out=out, **more)
 
 
 def _fused_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
-    out, options = _check_out(teacher, student, **arguments)
+    out, _, options = _check_out(teacher, student, **arguments)
     _run(teacher, student, out, options)
 
 
 def _default_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
-    out, options = _check_out(teacher, student, **arguments)
-    image_size = (out[0].shape[2], out[0].shape[3])
+    out, image_size, options = _check_out(teacher, student, **arguments)
     for output, result in zip(out, formula(teacher, student, image_size, options), strict=True):
         output.copy_(result)
 
 
 def _fake_out(teacher: Tensors, student: Tensors, **arguments: Any) -> None:
-    _check_out(teacher, student, **arguments)
+    _check_out(teacher, student, symbols=True, **arguments)
 
 
 def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options) -> None:
@@ -178,16 +227,6 @@ def _run(teacher: Tensors, student: Tensors, outputs: Tensors, options: Options)
 def cuda_queue(device: torch.device) -> native.CudaQueue:
     """Return where torch enqueues kernels on a CUDA device now."""
     return native.CudaQueue(device.index, current_stream(device))
-
-
-def _options(
-    teacher: Tensors,
-    weights: Sequence[float] = (),
-    combine: str = "product",
-    combine_size: Sequence[int] | None = None,
-    level_maps: bool = False,
-) -> Options:
-    return arguments.check_options(weights or None, combine, combine_size, level_maps, range(len(teacher)))
 
 
 # Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.

@@ -47,6 +47,46 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_call(
+    teacher: Sequence[Any],
+    student: Sequence[Any],
+    kind: Any,
+    image_size: Any,
+    options: tuple[Any, Any, Any, Any],
+    out: Any = None,
+    names: Sequence[Any] = range(MAX_LEVELS),
+    symbols: bool = False,
+) -> tuple[tuple[int, int], Options]:
+    """Check all arguments of the scorer, once on every way to it. Overlaps of memory are for the compiled one to see.
+
+    Args:
+        teacher (Sequence): Features of the teacher.
+        student (Sequence): Features of the student.
+        kind (type): What features and memory must be instances of.
+        image_size (Sequence[int]): Height and width of the map.
+        options (tuple): What :class:`Options` holds, as the caller gave it.
+        out (Sequence | None): The caller's memory for the results.
+        names (Sequence): What to call each level in messages: its name or, by default, its index.
+        symbols (bool): Whether torch's symbols may stand for sizes, which then are not checked.
+
+    Returns:
+        tuple[tuple[int, int], Options]: The image's size, and the options with a weight for each level.
+
+    Raises:
+        TypeError: If something is of the wrong kind or dtype.
+        ValueError: If something else does not fit.
+    """
+    check_features(teacher, student, kind, names)
+    weights, combine, combine_size, level_maps = options
+    if not symbols:
+        image_size = _check_size("image_size", image_size)
+        combine_size = None if combine_size is None else _check_size("combine_size", combine_size)
+    checked = check_options(weights, combine, combine_size, level_maps, teacher)
+    if out is not None:
+        _check_outputs(out, kind, teacher, output_shapes(teacher, image_size, checked))
+    return image_size, checked
+
+
 def check_features(
     teacher: Sequence[Any], student: Sequence[Any], kind: Any, names: Sequence[Any] = range(MAX_LEVELS)
 ) -> None:
@@ -90,15 +130,9 @@ def check_features(
             fail(ValueError, f"student[{name!r}]", f"the teacher's shape {tuple(shape)}", tuple(s.shape))
         if shape[:1] != batch:
             fail(ValueError, f"teacher[{name!r}]", f"the first level's batch of {batch[0]}", tuple(shape))
-        if not all(1 <= size < 2**31 for size in shape[1:] if isinstance(size, int)):  # others are torch's symbols
-            fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
-
-
-def check_sizes(image_size: Any, options: Options) -> tuple[tuple[int, int], Options]:
-    """Return the image's size and the options with sizes of integers, or raise an error that names the argument."""
-    if options.combine_size is not None:
-        options = options._replace(combine_size=_check_size("combine_size", options.combine_size))
-    return _check_size("image_size", image_size), options
+        for size in shape[1:]:
+            if isinstance(size, int) and not 1 <= size < 2**31:  # others are torch's symbols
+                fail(ValueError, f"teacher[{name!r}]", "1 to 2**31 - 1 channels, rows and columns", tuple(shape))
 
 
 def _check_size(argument: str, size: Any) -> tuple[int, int]:
@@ -113,47 +147,27 @@ def _check_size(argument: str, size: Any) -> tuple[int, int]:
     return height, width
 
 
-def check_options(weights: Any, combine: Any, combine_size: Any, level_maps: Any, names: Sequence[Any]) -> Options:
+def check_options(weights: Any, combine: Any, combine_size: Any, level_maps: Any, levels: Sequence[Any]) -> Options:
     """Return the options with a weight for each level, or raise an error that names the argument.
 
-    The size is for :func:`check_sizes`.
+    The size, which may be a symbol, is left to :func:`check_call`.
     """
     if combine not in COMBINATIONS:
         fail(ValueError, "combine", " or ".join(map(repr, COMBINATIONS)), repr(combine))
-    return Options(_check_weights(weights, names), combine, combine_size, bool(level_maps))
-
-
-def _check_weights(weights: Any, names: Sequence[Any]) -> list[float]:
     if weights is None:
-        return [1.0] * len(names)
-    if isinstance(weights, Mapping):
-        if list(weights) != list(names):
-            fail(ValueError, "weights", f"the levels {list(names)} in this order", list(weights))
-        weights = weights.values()
+        return Options([1.0] * len(levels), combine, combine_size, bool(level_maps))
     try:
         weights = [float(weight) for weight in weights]
     except (TypeError, ValueError):
         fail(TypeError, "weights", "a number for each level", repr(weights))
-    if len(weights) != len(names) or not all(0 <= weight < math.inf for weight in weights):
-        fail(ValueError, "weights", f"{len(names)} finite numbers of at least 0", weights)
-    checked: list[float] = weights
-    return checked
+    if len(weights) != len(levels) or not all(0 <= weight < math.inf for weight in weights):
+        fail(ValueError, "weights", f"{len(levels)} finite numbers of at least 0", weights)
+    return Options(weights, combine, combine_size, bool(level_maps))
 
 
-def check_outputs(out: Any, kind: Any, shapes: Sequence[tuple[int, ...]], dtype: object, device: object = None) -> None:
-    """Check memory that the caller supplied; whether it overlaps is for the compiled scorer to see.
-
-    Args:
-        out (Sequence): The caller's arrays or tensors.
-        kind (type): What each must be an instance of.
-        shapes (Sequence[tuple[int, ...]]): What :func:`output_shapes` returned.
-        dtype (object): The dtype of all of them.
-        device (object): The device of all of them, where there are devices.
-
-    Raises:
-        TypeError: If one is of the wrong kind or dtype.
-        ValueError: If number, shape, device or layout do not fit, or one cannot be written to.
-    """
+def _check_outputs(out: Any, kind: Any, teacher: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> None:
+    arrays = kind is np.ndarray
+    dtype, device = OUTPUT_DTYPES[dtype_name(teacher[0].dtype)], None if arrays else teacher[0].device
     if not isinstance(out, Sequence) or len(out) != len(shapes):
         got = len(out) if isinstance(out, Sequence) else _qualified(type(out))
         fail(ValueError, "out", f"a sequence of {len(shapes)}", got)
@@ -161,23 +175,15 @@ def check_outputs(out: Any, kind: Any, shapes: Sequence[tuple[int, ...]], dtype:
         name = f"out[{index}]"
         if not isinstance(output, kind):
             fail(TypeError, name, _qualified(kind), _qualified(type(output)))
-        if output.dtype != dtype:
-            fail(TypeError, name, f"dtype {dtype}", output.dtype)
+        if dtype_name(output.dtype) != dtype:
+            fail(TypeError, name, f"dtype {dtype}", dtype_name(output.dtype))
         if tuple(output.shape) != tuple(shape):
             fail(ValueError, name, f"shape {tuple(shape)}", tuple(output.shape))
-        if device is not None and output.device != device:
+        if not arrays and output.device != device:
             fail(ValueError, name, f"device {device}", output.device)
-        contiguous = (
-            output.flags.c_contiguous and output.flags.aligned if kind is np.ndarray else output.is_contiguous()
-        )
-        if not contiguous:
-            fail(
-                ValueError,
-                name,
-                "contiguous memory",
-                f"strides {output.strides if kind is np.ndarray else output.stride()}",
-            )
-        if kind is np.ndarray and not output.flags.writeable:
+        if not (output.flags.c_contiguous and output.flags.aligned if arrays else output.is_contiguous()):
+            fail(ValueError, name, "contiguous memory", f"strides {output.strides if arrays else output.stride()}")
+        if arrays and not output.flags.writeable:
             fail(ValueError, name, "memory that can be written to", "a read-only array")
 
 

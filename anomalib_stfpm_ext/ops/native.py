@@ -162,7 +162,7 @@ def scorer_call(
         teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
         student (Sequence): Likewise.
         outputs (Sequence): Receive map, scores and, if wanted, level maps, as ``output_shapes`` has them; contiguous.
-        options (Options): As ``check_options`` returns them.
+        options (Options): As ``check_call`` returns them.
         access (Access): Addresses all of them.
 
     Returns:
@@ -222,6 +222,11 @@ def anomaly_map_cuda(call: ScorerCall, scratch: int, queue: CudaQueue) -> None:
     the map's, for the combined map.
     """
     _core.anomaly_map_cuda(call, scratch, *queue)
+
+
+def try_cuda(device: int) -> None:
+    """Raise a RuntimeError where a CUDA device does not run the kernels: no code for it, or a driver too old for it."""
+    _core.try_cuda(device)  # type: ignore[attr-defined]  # not in _core.pyi yet
 
 
 def feature_matching(call: LossCall, loss: int, num_threads: int) -> None:

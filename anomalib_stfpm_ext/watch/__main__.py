@@ -2,7 +2,7 @@
 
 """``python -m anomalib_stfpm_ext.watch``, which is ``stfpm-ext watch``, with positional checkpoint and folder."""
 
-from ..cli.handler import run_command
+from ..console import run_command
 from .command import make_parser, run
 
 if __name__ == "__main__":

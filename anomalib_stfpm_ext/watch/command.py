@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonargparse
 
-from .messages import tell
+from ..console import tell
 from .service import watch
 
 

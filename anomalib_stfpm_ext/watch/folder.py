@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from anomalib.data.utils.image import is_image_file
 
-from .messages import tell
+from ..console import tell
 
 
 class Version(NamedTuple):

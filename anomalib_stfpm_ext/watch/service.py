@@ -14,13 +14,13 @@ from anomalib.data import ImageBatch
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
+from ..console import printable, tell
 from ..data.images import read_image
 from ..data.transforms import seen, shows_all
 from ..errors import fail
 from ..files import whole_file
 from ..prediction import Predictor
 from .folder import Arrivals, Version
-from .messages import printable, tell
 from .table import COLUMNS, ScoreTable
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from typing_extensions import Self
 
+from ..console import tell
 from ..errors import fail
 from ..files import lock
 from .folder import Version
-from .messages import tell
 
 COLUMNS = ("time", "file", "score", "verdict", "threshold", "seconds", "error", "bytes", "modified_ns")
 

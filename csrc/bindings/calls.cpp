@@ -31,7 +31,8 @@ Any features_at(const Addresses& addresses, const AllDimensions& strides, size_t
   return {reinterpret_cast<void*>(addresses.at(index)), stride.batch, stride.channels, stride.height, stride.width};
 }
 
-/// Fills in dtype, number of levels, levels without weights, and batch.
+/// Fills in dtype, number of levels, levels without weights, and batch. More levels than the struct has room for are
+/// refused here too, and lists that are shorter by at(), since they would be read or written beyond their end.
 template <class Params>
 void read_levels(const Levels& levels, Params& params) {
   const auto& [dtype, shapes, teacher, teacher_strides, student, student_strides] = levels;
@@ -54,9 +55,7 @@ AnomalyMapParams params_from(const ScorerCall& call) {
   const auto& [levels, image_size, combine_size, weights, combine, map, score, level_maps] = call;
   AnomalyMapParams params{};
   read_levels(levels, params);
-  if (weights.size() != static_cast<size_t>(params.num_levels))
-    throw std::invalid_argument("a weight for each level is needed");
-  for (size_t i = 0; i < weights.size(); ++i) params.levels[i].weight = weights[i];
+  for (size_t i = 0; i < static_cast<size_t>(params.num_levels); ++i) params.levels[i].weight = weights.at(i);
   params.combination = combination_from(combine);
   params.height = image_size[0];
   params.width = image_size[1];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The calls of ops/native.py, which are named tuples, and what they are to the backends. The callers have checked all
-// but overlaps.
+// The calls of ops/native.py, which are named tuples, and what they are to the backends. ops/arguments.py has
+// checked all but overlaps.
 
 #pragma once
 

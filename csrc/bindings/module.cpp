@@ -50,6 +50,10 @@ void score_on_cuda(const ScorerCall& call, uintptr_t scratch, int device, uintpt
       [&] { anomaly_map_cuda(params, reinterpret_cast<void*>(scratch), device, reinterpret_cast<void*>(stream)); });
 }
 
+void try_on_cuda(int device) {
+  without_gil([&] { try_cuda(device); });
+}
+
 void match_on_cuda(const LossCall& call, uintptr_t loss, uintptr_t partial_sums, int device, uintptr_t stream) {
   const FeatureMatchingParams params = params_from(call);
   without_gil([&] {
@@ -96,6 +100,7 @@ PYBIND11_MODULE(_core, module) {
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES
   module.def("anomaly_map_cuda", &score_on_cuda, py::arg("call"), py::arg("scratch"), py::arg("device"),
              py::arg("stream"));
+  module.def("try_cuda", &try_on_cuda, py::arg("device"));
   module.def("feature_matching_cuda", &match_on_cuda, py::arg("call"), py::arg("loss"), py::arg("partial_sums"),
              py::arg("device"), py::arg("stream"));
   module.def("feature_matching_backward_cuda", &match_backward_on_cuda, py::arg("call"), py::arg("upstream"),

@@ -3,7 +3,7 @@
 #include "team.h"
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -45,9 +45,9 @@ void run_threads(int num_threads, const std::function<void()>& body) {
   std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(num_threads));  // so that nothing but the start of a thread can fail below
   try {
-    for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(body);
-  } catch (const std::system_error&) {
-    // The system grants no more threads.
+    for (int thread = 1; thread < num_threads; ++thread) others.emplace_back(std::cref(body));
+  } catch (const std::exception&) {
+    // The system grants no more threads, or no memory for one.
   }
   body();
   for (std::thread& other : others) other.join();

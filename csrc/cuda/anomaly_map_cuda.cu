@@ -325,4 +325,8 @@ void anomaly_map_cuda(const AnomalyMapParams& params, void* scratch, int device,
   });
 }
 
+void try_cuda(int device) {
+  with_type_on(device, DType::kFloat32, [&](auto) { attributes_of(anomaly_map_kernel<float, Product>, device); });
+}
+
 }  // namespace stfpm_ext

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../features.h"
+#include "../levels.h"
 
 namespace stfpm_ext {
 namespace {

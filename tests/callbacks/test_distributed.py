@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 
-from anomalib_stfpm_ext import StfpmExt
+from anomalib_stfpm_ext import StfpmExt, load_model
 from anomalib_stfpm_ext.callbacks.distributed import DistributedSetup
 
 pytestmark = pytest.mark.multiprocess
@@ -94,3 +94,39 @@ def test_batch_norm_over_all_processes(backbone):
     assert [*student.modules()] == before[0]
     assert not any(module.training for module in student.modules())
     assert all(torch.equal(tensor, learnt[name]) for name, tensor in student.state_dict().items())
+
+
+SPAWN = """
+import sys
+
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib_stfpm_ext import StfpmExt, load_model
+from anomalib_stfpm_ext.selection import judge
+
+judge.FEWEST_IMAGES = 4
+
+if __name__ == "__main__":
+    data = Folder("noise", root=sys.argv[1], normal_dir="good", normal_test_dir="good_test", abnormal_dir="bad",
+        train_batch_size=4, num_workers=0, seed=0)
+    model = StfpmExt("test_resnet", ["layer1", "layer3"], teacher_weights=False, lr=0.1, seed=0, held_out_share=0.5,
+        image_size=(48, 64), visualizer=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    one = {"accelerator": "cpu", "devices": 1, "strategy": "ddp_spawn"}
+    engine = Engine(max_epochs=2, default_root_dir=sys.argv[2], **one, **quiet)
+    engine.fit(model, datamodule=data)
+    engine.trainer.save_checkpoint(f"{sys.argv[2]}/memory.ckpt")
+    print(engine.trainer.checkpoint_callback.best_model_path)
+"""
+
+
+def test_a_process_that_lightning_starts_gives_back_all_that_a_verdict_is_made_of(images, tmp_path):
+    script = tmp_path / "spawn.py"
+    script.write_text(SPAWN)
+    command = [sys.executable, script, images, tmp_path]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    of_worker, memory = (load_model(path) for path in (result.stdout.splitlines()[-1], tmp_path / "memory.ckpt"))
+    assert memory.model.level_weights is not None
+    for name, tensor in of_worker.state_dict().items():
+        torch.testing.assert_close(memory.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)

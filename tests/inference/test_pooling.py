@@ -3,6 +3,7 @@
 """Max pooling in the inference copy gives torch's maxima, bit for bit."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -66,3 +67,27 @@ def test_several_threads():
 def test_others_are_left_to_torch(module):
     assert not is_plain(module)
     assert is_plain(nn.MaxPool2d(3, 2, 1))
+
+
+@pytest.mark.skipif("STFPM_EXT_SANITIZE" in os.environ, reason="a sanitizer's shadow is beyond any limit")
+def test_no_memory_for_the_threads_is_an_error_and_not_the_end(python):
+    """What several threads need is asked for where there is a caller to tell: on one of them, nobody can catch."""
+    python(
+        """
+import resource
+import torch
+from anomalib_stfpm_ext.inference.pooling import InferenceMaxPool2d
+torch.set_num_threads(4)
+pool = InferenceMaxPool2d(torch.nn.MaxPool2d(3, 2, 1))
+few, many = (torch.zeros(1, 3, width, 64, dtype=torch.bfloat16).permute(0, 3, 1, 2) for width in (1 << 12, 1 << 18))
+pool(few)  # the threads are there
+used = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize:")).split()[1])
+maxima = many.nbytes // 3
+resource.setrlimit(resource.RLIMIT_AS, (used + maxima + (16 << 20), resource.RLIM_INFINITY))
+try:
+    pool(many)
+except MemoryError:
+    raise SystemExit(0)
+raise SystemExit("no error")
+"""
+    )

@@ -30,7 +30,7 @@ SCHEMES = {"clusters": {"processors": 1, "ptx_version": 90}, "grid": {"processor
 
 
 class Features(ctypes.Structure):
-    """The struct of csrc/features.h; so is the next one."""
+    """The struct of csrc/levels.h; so is the next one."""
 
     _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
 
@@ -326,6 +326,16 @@ def test_errors(library):
     score(library, teacher, student, (8, 8), device=1)  # not the current one, which stays so: the library checks that
     empty = [torch.zeros(0, 8, 2, 2)]
     assert [tuple(output.shape) for output in score(library, empty, empty, (8, 8))] == [(0, 1, 8, 8), (0,)]
+
+
+def test_question_whether_a_device_runs_the_kernels(library):
+    def ask(device, ptx_version, has_image):
+        error = ctypes.create_string_buffer(500)
+        return library.try_on_threads(device, ptx_version, has_image, error, len(error)) and error.value.decode()
+
+    assert ask(0, 90, 1) == ask(1, 80, 1) == 0
+    assert "device 0 has compute capability 8.0, and this build holds CUDA code for 80, 90 only" in ask(0, 80, 0)
+    assert ask(5, 90, 1) == "CUDA: device 5: invalid device"
 
 
 def test_more_than_indices_reach(library):

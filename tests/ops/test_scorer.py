@@ -2,6 +2,8 @@
 
 """The scorer against the float64 reference and anomalib, and its answers to bad input."""
 
+import sys
+
 import numpy as np
 import processor
 import pytest
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anomalib_stfpm_ext import anomaly_map
 from anomalib_stfpm_ext.ops import anomaly_map as map_operators
-from anomalib_stfpm_ext.ops import feature_matching, native
+from anomalib_stfpm_ext.ops import arguments, feature_matching, native
 
 
 def assert_close(result, expected, rtol, what="map"):
@@ -283,29 +285,44 @@ def test_memory_of_the_caller(options):
         np.testing.assert_array_equal(tensor, wanted)
 
 
-def test_memory_that_will_not_do():
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_memory_that_will_not_do(kind):
     features = np.ones((1, 2, 4, 4), np.float32)
-    amap, score = np.empty((1, 1, 4, 4), np.float32), np.empty(1, np.float32)
-    read_only = amap.copy()
-    read_only.flags.writeable = False
-    both = np.empty(17, np.float32)
-    inside = features.reshape(-1)[:16].reshape(1, 1, 4, 4)
+    amap, score, level_maps = (kind(np.empty(shape, np.float32)) for shape in ((1, 1, 4, 4), 1, (1, 1, 4, 4)))
+    both = kind(np.empty(17, np.float32))
+    teacher, student = kind(features), kind(features.copy())
+    inside = teacher.reshape(-1)[:16].reshape(1, 1, 4, 4)
+    other = {"numpy.ndarray": torch, "torch.Tensor": np}[name := f"{type(amap).__module__}.{type(amap).__name__}"]
     for out, error, message in (
         ([amap], ValueError, "out: wanted a sequence of 2, got 1"),
-        (amap, ValueError, "out: wanted a sequence of 2, got numpy.ndarray"),
-        ([amap, score.astype(np.float64)], TypeError, r"out\[1\]: wanted dtype float32, got float64"),
-        ([amap, torch.empty(1)], TypeError, r"out\[1\]: wanted numpy.ndarray, got torch.Tensor"),
+        ([amap, score, level_maps], ValueError, "out: wanted a sequence of 2, got 3"),
+        (amap, ValueError, f"out: wanted a sequence of 2, got {name}"),
+        ({0: amap, 1: score}, ValueError, "out: wanted a sequence of 2, got builtins.dict"),
+        (1, ValueError, "out: wanted a sequence of 2, got builtins.int"),
+        ([amap, kind(np.empty(1))], TypeError, r"out\[1\]: wanted dtype float32, got float64"),
+        ([amap, other.ones(1)], TypeError, rf"out\[1\]: wanted {name}, got"),
+        ([None, score], TypeError, rf"out\[0\]: wanted {name}, got builtins.NoneType"),
         ([amap[:, :, :3], score], ValueError, r"out\[0\]: wanted shape \(1, 1, 4, 4\), got \(1, 1, 3, 4\)"),
-        ([amap.transpose(0, 1, 3, 2), score], ValueError, r"out\[0\]: wanted contiguous memory"),
-        ([read_only, score], ValueError, r"out\[0\]: wanted memory that can be written to"),
+        ([amap[0], score], ValueError, r"out\[0\]: wanted shape \(1, 1, 4, 4\), got \(1, 4, 4\)"),
+        ([amap.swapaxes(2, 3), score], ValueError, r"out\[0\]: wanted contiguous memory"),
         ([inside, score], ValueError, r"out\[0\]: wanted memory of its own"),
         ([both[:16].reshape(1, 1, 4, 4), both[15:16]], ValueError, r"out\[1\]: wanted memory of its own"),
     ):
         with pytest.raises(error, match=message):
-            anomaly_map([features], [features.copy()], (4, 4), out=out)
+            anomaly_map([teacher], [student], (4, 4), out=out)
+    with pytest.raises(ValueError, match=r"out\[0\]: wanted shape \(1, 1, 8, 4\), got \(1, 1, 4, 4\)"):
+        anomaly_map([teacher], [student], (8, 4), out=[amap, score])
+    for size in (4, (4.0, 4), "44"):
+        with pytest.raises(TypeError, match="image_size: wanted two whole numbers"):
+            anomaly_map([teacher], [student], size, out=[amap, score])
+
+
+def test_memory_that_nobody_may_write_to():
+    features, amap, score = np.ones((1, 2, 4, 4), np.float32), np.empty((1, 1, 4, 4), np.float32), np.empty(1, "f4")
+    amap.flags.writeable = False
+    with pytest.raises(ValueError, match=r"out\[0\]: wanted memory that can be written to"):
+        anomaly_map([features], [features.copy()], (4, 4), out=[amap, score])
     tensor = torch.from_numpy(features)
-    with pytest.raises(ValueError, match=r"out\[0\]: wanted memory of its own"):
-        anomaly_map([tensor], [tensor + 1], (4, 4), out=[tensor[:, :1], torch.empty(1)])
     with pytest.raises(ValueError, match="out: wanted None where gradients are required"):
         anomaly_map([tensor], [tensor.clone().requires_grad_()], (4, 4), out=[torch.empty(1, 1, 4, 4), torch.empty(1)])
 
@@ -336,8 +353,8 @@ def test_torch_operators_and_their_formula():
         [torch.from_numpy(level) for level in side] for side in make_features([(12, 4), (20, 8)], 2, (64, 64))
     )
     options = {"weights": [0.5, 2.0], "combine": "sum", "level_maps": True}
-    for arguments in ({}, options, {**options, "combine_size": (16, 20)}):
-        torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 64, 64), arguments)
+    for keywords in ({}, options, {**options, "combine_size": (16, 20)}):
+        torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map.default, (teacher, student, 64, 64), keywords)
     out = {"amap": torch.empty(2, 1, 64, 64), "score": torch.empty(2), "level_maps": torch.empty(2, 2, 64, 64)}
     torch.library.opcheck(torch.ops.anomalib_stfpm_ext.anomaly_map_out.default, (teacher, student), out)
     meta = [[level.to("meta") for level in side] for side in (teacher, student)]
@@ -423,6 +440,7 @@ def test_bad_input(teacher, student, image_size, error, message):
     [
         ({"combine": "mean"}, ValueError, "combine: wanted 'product' or 'sum' or 'maximum', got 'mean'"),
         ({"weights": [1, 2]}, ValueError, r"weights: wanted 1 finite numbers of at least 0, got \[1.0, 2.0\]"),
+        ({"weights": []}, ValueError, r"weights: wanted 1 finite numbers of at least 0, got \[\]"),
         ({"weights": [-1]}, ValueError, "weights: wanted 1 finite numbers of at least 0"),
         ({"weights": [float("nan")]}, ValueError, "weights: wanted 1 finite"),
         ({"weights": ["a"]}, TypeError, "weights: wanted a number for each level"),
@@ -432,9 +450,90 @@ def test_bad_input(teacher, student, image_size, error, message):
         ({"weights": {"other": 1}}, ValueError, r"weights: wanted the levels \[0\] in this order, got \['other'\]"),
     ],
 )
-def test_bad_options(options, error, message):
+@pytest.mark.parametrize("caller", ["numpy", "torch", "gradients", "out", "eager compiler"])
+def test_bad_options(options, error, message, caller):
+    teacher, score = level() if caller == "numpy" else torch.from_numpy(level()), anomaly_map
+    if caller == "gradients":
+        teacher.requires_grad_()
+    elif caller == "out":
+        options = options | {"out": (torch.empty(1, 1, 8, 8), torch.empty(1))}
+    elif caller == "eager compiler":
+        torch.compiler.reset()
+        score = torch.compile(anomaly_map, backend="eager")
     with pytest.raises(error, match=message):
-        anomaly_map([level()], [level()], (8, 8), **options)
+        score([teacher], [teacher * 1], (8, 8), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights": [1, 2]}, {"weights": []}, {"weights": [-1]}, {"combine": "mean"}], ids=str
+)
+def test_bad_options_of_the_operators(options):
+    operators, levels = torch.ops.anomalib_stfpm_ext, [torch.ones(1, 2, 4, 4)]
+    with pytest.raises(ValueError, match=next(iter(options))):
+        operators.anomaly_map(levels, levels, 8, 8, **options)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        operators.anomaly_map_out(levels, levels, amap=torch.empty(1, 1, 8, 8), score=torch.empty(1), **options)
+    for size in ((0, 8), (2**31, 8), (2**30, 2**30)):
+        with pytest.raises(ValueError, match="combine_size"):
+            operators.anomaly_map(levels, levels, 8, 8, combine_size=size)
+
+
+def checks_of(call):
+    """Which checks of ops/arguments.py a call runs, each by what it is about."""
+    found = []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename == arguments.__file__ and "check_" in code.co_name:
+            found.append((code.co_name, frame.f_locals.get("argument")))
+
+    call()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@torch.no_grad()
+def test_everything_is_checked_once():
+    arrays = make_features([(12, 4), (20, 8)], 1, (32, 32))
+    tensors = [[torch.from_numpy(side) for side in level] for level in arrays]
+    options = {"weights": [1, 2], "combine": "sum", "combine_size": (16, 16), "level_maps": True}
+    out = [torch.empty(1, 1, 32, 32), torch.empty(1), torch.empty(1, 2, 16, 16)]
+    operators = torch.ops.anomalib_stfpm_ext
+    by_name = dict(zip(("amap", "score", "level_maps"), out, strict=True))
+    without = {name: value for name, value in options.items() if name != "level_maps"}
+    calls = {
+        "numpy": lambda: anomaly_map(*arrays, (32, 32), **options),
+        "numpy, out": lambda: anomaly_map(*arrays, (32, 32), **options, out=[tensor.numpy() for tensor in out]),
+        "torch": lambda: anomaly_map(*tensors, (32, 32), **options),
+        "torch, out": lambda: anomaly_map(*tensors, (32, 32), **options, out=out),
+        "operator": lambda: operators.anomaly_map(*tensors, 32, 32, **options),
+        "operator, out": lambda: operators.anomaly_map_out(*tensors, **without, **by_name),
+    }
+    for name, call in calls.items():
+        found = checks_of(call)
+        assert len(found) == len(set(found)), name
+        assert {("check_features", None), ("_check_size", "image_size"), ("_check_size", "combine_size")} < {*found}
+        assert ("check_options", None) in found
+        assert (("_check_outputs", None) in found) == name.endswith("out")
+    for level in tensors[0]:
+        level.requires_grad_()
+    with torch.enable_grad():
+        found = checks_of(calls["torch"])
+    assert len(found) == len(set(found)) == 5  # all of them, and check_call
+
+
+@torch.no_grad()
+def test_memory_of_the_caller_when_compiled():
+    teacher, student = ([torch.from_numpy(level) for level in side] for side in make_features([(4, 4)], 2, (16, 16)))
+    out = [torch.empty(2, 1, 16, 16), torch.empty(2)]
+    torch.compiler.reset()
+    compiled = torch.compile(anomaly_map, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled(teacher, student, (16, 16), weights=(2.0,), out=out)
+    assert all(map(torch.equal, out, anomaly_map(teacher, student, (16, 16), weights=(2.0,))))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "../../features.h"
+#include "../../levels.h"
 
 namespace stfpm_ext {
 namespace {

@@ -33,6 +33,10 @@ extern "C" int anomaly_map_on_threads(const stfpm_ext::AnomalyMapParams* params,
              [&] { stfpm_ext::anomaly_map_cuda(*params, scratch, device, nullptr); });
 }
 
+extern "C" int try_on_threads(int device, int ptx_version, int has_image, char* error, size_t error_size) {
+  return run({1, 1, ptx_version, has_image != 0}, error, error_size, [&] { stfpm_ext::try_cuda(device); });
+}
+
 extern "C" int feature_matching_on_threads(const stfpm_ext::FeatureMatchingParams* params, void* loss,
                                            double* partial_sums, int device, int processors, int blocks_per_processor,
                                            int has_image, char* error, size_t error_size) {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The end of a command: an error is one line, without a traceback."""
+"""What commands write to a terminal: printable text, and for an error one line without a traceback."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +9,18 @@ from typing import Any
 
 import jsonargparse
 
-from ..watch.messages import printable
+
+def printable(text: object) -> str:
+    """Escape what does not belong in a line of UTF-8, line breaks and bytes that are no UTF-8, and the backslash."""
+    return "".join(
+        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+def tell(message: str) -> None:
+    """Print a message on standard error."""
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 @contextmanager
