@@ -176,7 +176,7 @@ class StfpmExt(ExactExports, AnomalibModule):
     @override
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
         # Lightning would leave the validation out, and so the threshold, where max_steps ends within an epoch.
-        if self.trainer.global_step == self.trainer.max_steps:
+        if self.student_selection.is_fitting and self.trainer.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True
 
     def score(self, batch: Batch) -> STEP_OUTPUT:

@@ -20,7 +20,7 @@ from .errors import fail
 from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher
 from .inference.concurrent import can_run_concurrently, run_concurrently
 from .inference.precision import PRECISIONS, Precision, dtype_on
-from .ops.anomaly_map import has_kernel
+from .ops.anomaly_map import why_no_kernel
 from .ops.arguments import check_options
 from .ops.reference import combine_levels, formula, squared_distance
 from .scorer import anomaly_map
@@ -189,10 +189,10 @@ class StfpmExtModel(nn.Module):
         return InferenceBatch(pred_score=score.unsqueeze(1), anomaly_map=amap)
 
     def _lacks_kernel(self, images: torch.Tensor) -> bool:
-        lacks_kernel = images.device.type == "cuda" and not has_kernel(images.device)
-        if lacks_kernel:
-            warnings.warn("this build has no CUDA scorer: torch operations make the maps, slower", stacklevel=2)
-        return lacks_kernel
+        reason = why_no_kernel(images.device) if images.device.type == "cuda" else None
+        if reason is not None:
+            warnings.warn(f"{reason}: torch operations make the maps, slower", stacklevel=2)
+        return reason is not None
 
     def level_distances(
         self, images: torch.Tensor, teacher: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None

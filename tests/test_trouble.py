@@ -21,7 +21,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from helpers import folder
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, StochasticWeightAveraging
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, GaussianBlur, Normalize, Resize
@@ -258,10 +258,30 @@ def test_a_threshold_that_can_tell_nothing_is_none(make_model, images, tmp_path,
     assert any("no threshold is set, since the validation has" in message for message in told) != useful
 
 
-@pytest.mark.parametrize("steps", [{"epochs": 0}, {"epochs": 1, "max_steps": 0}], ids=str)
+@pytest.mark.parametrize("steps", [{"epochs": 0}, {"max_steps": 0}, {"limit_train_batches": 0}], ids=str)
 def test_a_fit_without_steps_is_told(make_model, fit, told, steps):
-    fit(make_model(), **steps)
-    assert any("max_epochs: the student stays untrained" in message for message in told)
+    fit(make_model(), **({"epochs": 1} | steps))
+    assert any("fit: no step was made" in message for message in told)
+
+
+def test_a_batch_size_finder_leaves_the_steps_to_the_fit(make_model, images, tmp_path, told):
+    """It sets max_steps for its trials, at whose end the fit that follows must not end, too."""
+    finder = BatchSizeFinder("power", steps_per_trial=2, init_val=2, max_trials=1, batch_arg_name="train_batch_size")
+    model = make_model()
+    before = trained_student(model)
+    engine = Engine(callbacks=[finder], default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    assert [measurement.epoch for measurement in model.student_selection.history] == [0, 1]
+    assert not same(trained_student(model), before)
+    assert same(trained_student(load_model(engine.best_model_path)), trained_student(model))
+    assert not any("fit: no step was made" in message for message in told)
+
+
+def test_a_model_in_evaluation_mode_is_trained(make_model, fit):
+    model = make_model()
+    before = trained_student(model)
+    fit(model.eval())
+    assert not same(trained_student(model), before)
 
 
 def test_tiles_are_in_the_checkpoint(make_model, images, tmp_path):

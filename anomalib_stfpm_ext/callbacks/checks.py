@@ -49,8 +49,7 @@ class Checks(Callback):
         """
         model: Any = pl_module
         check_trainer(trainer, model)
-        if 0 in (trainer.max_epochs, trainer.max_steps):
-            rank_zero_warn("max_epochs: the student stays untrained, since the trainer has no steps to make")
+        model.model.train()  # load_model, or a test that was broken off, has left it in evaluation mode
         check_rivals(trainer, model)
         check_transform(model.pre_processor)
         check_image_size(model)

@@ -46,6 +46,7 @@ class StudentSelection(Callback):
     Attributes:
         students (Students | None): Those of this fit or the last one, if there was something to select.
         judge (Judge | None): Judges by the held-out images, while a fit lasts that has some.
+        is_fitting (bool): Whether a fit lasts.
 
     Raises:
         TypeError: If ``share`` is no number.
@@ -67,7 +68,7 @@ class StudentSelection(Callback):
         self._before: Record | None = None  # the student that a fit begins with, until its first step
         self._resumed: dict[str, Any] | None = None
         self._choice: Choice | None = None  # of precision, for the student that is kept
-        self._is_fitting = False  # from here on, and not while a finder of Lightning's makes steps
+        self.is_fitting = False  # which a finder of Lightning's, that makes steps before, is not
         self._is_validating = False  # while the post-processor gathers the scores of a validation
         self._step = 0
         self._validated_step: int | None = None  # of the last student that is kept and was validated
@@ -150,7 +151,7 @@ class StudentSelection(Callback):
             ValueError: If images cannot be held out, or are others than those of the checkpoint that is resumed.
         """
         model: Any = pl_module
-        self._is_fitting = True
+        self.is_fitting = True
         resumed, self._resumed = self._resumed, None
         if not self.share:
             return
@@ -208,7 +209,7 @@ class StudentSelection(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the kept student in the network, with threshold and range, and say which one it is."""
         model: Any = pl_module
-        if not self._is_fitting:
+        if not self.is_fitting:
             return
         if self.students:
             self.students.show_kept()
@@ -224,8 +225,13 @@ class StudentSelection(Callback):
             rank_zero_info(f"Inference: {self._choice.reason}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the kept student also where there was nothing left to train."""
+        """Leave the kept student also where there was nothing left to train, and say so where nothing was trained."""
         del trainer
+        if self._before:
+            rank_zero_warn(
+                "fit: no step was made (see max_epochs, max_steps, max_time, limit_train_batches), so the student is "
+                "what it was before: untrained, unless it was loaded."
+            )
         self._leave_kept(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -243,31 +249,30 @@ class StudentSelection(Callback):
         Returns:
             dict[str, torch.Tensor]: Tensors to save instead of those in the network, by their names in the state dict.
         """
-        if self.judge is None or self.students is None or self.students.best is None:
+        if self.judge is None or self.students is None or self.best is None:
             return {}
-        if self._is_validating:
-            return self.students.to_save()
-        with self.students.kept_in_network():
-            self._complete(model.trainer, model, self.students.best.step)
+        if self._validated_step != self.best.step and not self._is_validating:
+            with self.students.kept_in_network():
+                self._complete(model.trainer, model, self.best.step)
         return self.students.to_save()
 
     def _complete(self, trainer: Trainer, model: "StfpmExt", step: int) -> None:
         """Give the student in the network threshold and range, unless a validation of it was of no use."""
         if not has_verdict(model) and self._validated_step != step:
             set_verdict(trainer, model)
-            self._validated_step = step
+        self._validated_step = step
 
     def _leave_kept(self, module: Any) -> None:
         if self.students:
             self.students.show_kept()
         elif self._before:  # no step was made
             self._before.put(module)
-        if self._is_fitting and not has_verdict(module):
+        if self.is_fitting and not has_verdict(module):
             rank_zero_warn(
                 "post_processor: no validation has set a threshold for the student that is kept, so predictions have "
                 "no verdict. Validate the model with good and defective images."
             )
-        self.judge, self._is_fitting = None, False
+        self.judge, self.is_fitting = None, False
 
     def _measure(self, trainer: Trainer, module: Any, prog_bar: bool = False) -> None:
         """Measure the student, unless no step was made since the last time, and log the result."""

@@ -226,7 +226,7 @@ def anomaly_map_cuda(call: ScorerCall, scratch: int, queue: CudaQueue) -> None:
 
 def try_cuda(device: int) -> None:
     """Raise a RuntimeError where a CUDA device does not run the kernels: no code for it, or a driver too old for it."""
-    _core.try_cuda(device)  # type: ignore[attr-defined]  # not in _core.pyi yet
+    _core.try_cuda(device)
 
 
 def feature_matching(call: LossCall, loss: int, num_threads: int) -> None:
