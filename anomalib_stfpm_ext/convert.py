@@ -21,6 +21,7 @@ from torch import nn
 
 from .checkpoints import leaves_teacher_out, load_content
 from .errors import fail
+from .files import whole_file
 from .lightning_model import StfpmExt
 from .weights import load_tensors, read_file
 
@@ -168,8 +169,8 @@ def _save(content: dict[str, Any], path: str | Path) -> None:
     if Path(path).is_dir():
         msg = f"path: wanted a file to write, got the folder {str(path)!r}"
         raise ValueError(msg)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    with whole_file(Path(path)) as unfinished:
+        torch.save(content, unfinished)
 
 
 def _timm_names(weights: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -47,7 +47,7 @@ from .depthwise import DepthwiseGradients
 from .exports import ExactExports
 from .inference.post_processing import FewPassPostProcessor, use_middle_threshold
 from .loss import StfpmExtLoss
-from .settings import check_settings, limit_epochs, pass_over_single_image
+from .settings import check_settings, limit_epochs, pass_over_single_image, plain
 from .torch_model import CompileMode, StfpmExtModel
 from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
@@ -134,6 +134,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        layers, lr, held_out_share, seed, image_size = map(plain, (layers, lr, held_out_share, seed, image_size))
         check_settings(lr, seed, save_teacher, precise_bn, inference_precision, image_size, pre_processor is True)
         student_selection = StudentSelection(held_out_share, seed or 0, selection)
         cache = None if teacher_cache is None else TeacherCache(teacher_cache)
@@ -202,8 +203,7 @@ class StfpmExt(ExactExports, AnomalibModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        student = self.model.student_model
-        return torch.optim.SGD(student.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        return torch.optim.SGD(self.model.student_model.parameters(), self.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     @override
     def configure_callbacks(self) -> Sequence[Callback]:

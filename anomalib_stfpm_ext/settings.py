@@ -3,9 +3,11 @@
 """The arguments of StfpmExt and of its trainer: what is checked, and what is meant where nothing is said."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -47,6 +49,22 @@ def check_settings(
     check_precision(inference_precision)
     if image_size is not None and not resizes:
         fail(ValueError, "image_size", "None where pre_processor is given, which resizes images itself", image_size)
+
+
+def plain(value: Any) -> Any:
+    """Make Python's own value of one of NumPy's or OmegaConf's, which torch would not load from a checkpoint.
+
+    Args:
+        value (Any): The value of an argument.
+
+    Returns:
+        Any: Numbers for NumPy's, a list or tuple of such for any sequence; others as they are.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
+    return value
 
 
 def limit_epochs(trainer: Trainer) -> None:

@@ -5,11 +5,13 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
+from omegaconf import OmegaConf
 
 from anomalib_stfpm_ext import StfpmExt
 from anomalib_stfpm_ext.checkpoints import KEY, TEACHER_PREFIX, checksum
@@ -165,6 +167,22 @@ def test_images_have_the_size_of_the_checkpoint(fit, images, weights, tmp_path):
         batches = engine.predict(model, datamodule=Folder("noise", root=images, **data), ckpt_path=path)
         results.append(torch.cat([batch.pred_score.flatten() for batch in batches]))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"seed": np.int64(3)},
+        {"held_out_share": np.float64(0.25), "lr": np.float32(0.05)},
+        {"layers": OmegaConf.create(LAYERS)},
+        {"layers": np.array(LAYERS).tolist(), "image_size": tuple(np.array([48, 64])), "pre_processor": True},
+    ],
+    ids=str,
+)
+def test_what_trains_can_be_loaded(fit, weights, arguments):
+    model = make_model(weights[0], **arguments)
+    loaded = StfpmExt.load_from_checkpoint(fit(model, epochs=1), teacher_weights=weights[0], visualizer=False)
+    assert same(loaded.state_dict(), model.state_dict())
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(fit, weights, tmp_path):

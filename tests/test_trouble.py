@@ -277,6 +277,15 @@ def test_a_batch_size_finder_leaves_the_steps_to_the_fit(make_model, images, tmp
     assert not any("fit: no step was made" in message for message in told)
 
 
+def test_a_predictor_scores_in_its_own_precision_under_autocast(make_model, fit):
+    predict, image = Predictor(fit(make_model()).best_model_path, "cpu"), torch.rand(3, 48, 64)
+    expected = predict(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predict(image)
+    assert torch.equal(found.pred_score, expected.pred_score)
+    assert torch.equal(found.anomaly_map, expected.anomaly_map)
+
+
 def test_a_model_in_evaluation_mode_is_trained(make_model, fit):
     model = make_model()
     before = trained_student(model)
