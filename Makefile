@@ -5,21 +5,25 @@ BIN := .venv/bin
 OUTPUT := demo/output
 CHECKPOINT := $(OUTPUT)/results/StfpmExt/elpv/latest/weights/lightning/model.ckpt
 CPP_SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/ops/cuda_on_threads/*)
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* autoload/* anomalib_stfpm_ext/*.py* anomalib_stfpm_ext/*/*.py)
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc autoload anomalib_stfpm_ext -type f ! -name "*.so" ! -name "*.pyc")
 
 FUZZ_SECONDS ?= 600
-TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py) tests/acceleration/test_pooling.py
+TESTS_OF_CSRC := $(addprefix tests/ops/test_, scorer.py properties.py processes.py cuda_on_threads.py loss.py) tests/inference/test_pooling.py
 
-.PHONY: test oldest demo fuzz sanitize sanitize-address sanitize-thread lint format wheels try-wheels clean
+.PHONY: test test-all oldest demo fuzz sanitize sanitize-address sanitize-thread lint format wheels try-wheels clean
 
 # Threads that wait by spinning, as OpenMP's do, would take the processor from the other process.
+IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --durations 20
 test: .venv/test.stamp
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(IN_TWO_PROCESSES) -m "not slow"
 
-# The lower bounds of pyproject.toml, with the oldest Python: all tests that are quick.
+test-all: .venv/test.stamp
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(IN_TWO_PROCESSES)
+
+# The lower bounds of pyproject.toml, with the oldest Python: the tests of `make test`.
 OLDEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
 oldest: build/oldest.stamp
-	OMP_WAIT_POLICY=passive build/oldest/bin/pytest --numprocesses 2 --dist loadfile -m "not slow and not multiprocess"
+	OMP_WAIT_POLICY=passive build/oldest/bin/pytest $(IN_TWO_PROCESSES) -m "not slow"
 
 build/oldest.stamp: $(SOURCES)
 	test -x build/oldest/bin/python || $(OLDEST_PYTHON) -m venv build/oldest
@@ -27,8 +31,9 @@ build/oldest.stamp: $(SOURCES)
 	build/oldest/bin/uv pip install --python build/oldest/bin/python --resolution lowest-direct ".[test]"
 	touch $@
 
+# Half of the seconds for calls of the scorer, half for lives of a model.
 fuzz: .venv/test.stamp
-	STFPM_EXT_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest tests/ops/test_properties.py
+	STFPM_EXT_FUZZ_SECONDS=$$(($(FUZZ_SECONDS) / 2)) $(BIN)/pytest tests/ops/test_properties.py tests/test_lives.py
 
 # The tests of csrc/ on builds with sanitizers, which PYTHONPATH puts before the build in .venv. Leaks are not looked
 # for, since Python and torch leave theirs; nor what happens at the interpreter's end, where UBSan objects to pybind11.

@@ -269,7 +269,8 @@ class StfpmExtModel(nn.Module):
             check_options(level_weights, "product", None, False, levels)
         if precision not in PRECISIONS:
             fail(ValueError, "precision", f"one of {PRECISIONS}", repr(precision))
-        self.level_weights, self.precision = level_weights, precision
+        all_same = level_weights is None or set(level_weights) == {1}
+        self.level_weights, self.precision = None if all_same else level_weights, precision
 
     def get_extra_state(self) -> torch.Tensor:
         """Return how images are scored, for the state dict: so it goes wherever the weights go.
@@ -291,7 +292,7 @@ class StfpmExtModel(nn.Module):
         """
         number, *weights = state.tolist()
         precision = PRECISIONS[int(number)] if number in range(len(PRECISIONS)) else number
-        self.score_by(None if weights == [1] * len(self.teacher_model.layers) else tuple(weights), precision)
+        self.score_by(tuple(weights), precision)
 
     @property
     def backbone(self) -> str:

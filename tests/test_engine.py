@@ -60,6 +60,7 @@ def test_checkpoint_loads_without_the_teachers_file(trained, images):
     assert content["hyper_parameters"]["backbone"] == "resnet18"
 
 
+@pytest.mark.slow
 def test_compiled_inference(images, tmp_path):
     """Same scores by compiled code, which neither training, checkpoints, exports nor copies know."""
     arguments = {"backbone": "test_resnet", "layers": ["layer1", "layer3"], "teacher_weights": False}
@@ -75,6 +76,7 @@ def test_compiled_inference(images, tmp_path):
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.slow
 def test_changing_weights_and_sizes_do_not_end_compiled_inference():
     """After some versions of a function, torch goes on without a compiler."""
     options = {"backbone": "test_resnet", "layers": ["layer1", "layer2"], "teacher_weights": False}

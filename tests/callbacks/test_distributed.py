@@ -17,7 +17,6 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from anomalib_stfpm_ext import StfpmExt, load_model
 from anomalib_stfpm_ext.callbacks.distributed import DistributedSetup
 
-pytestmark = pytest.mark.multiprocess
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
 
@@ -43,6 +42,7 @@ def runs(images, tmp_path_factory) -> tuple[dict, dict, dict]:
     return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
 
 
+@pytest.mark.slow
 def test_training_is_that_of_one_process_with_the_joint_batch(runs):
     one, first, second = runs
     assert len(one["losses"]) == 4
@@ -52,6 +52,7 @@ def test_training_is_that_of_one_process_with_the_joint_batch(runs):
             np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_each_image_once(runs, stage):
     one, first, second = runs
@@ -62,6 +63,7 @@ def test_each_image_once(runs, stage):
     np.testing.assert_allclose([s for _, s in together], [s for _, s in sorted(one[stage])], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_one_process(runs):
     one, *both = (run["figures"] for run in runs)
     for two in both:
@@ -120,6 +122,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_lightning_starts_gives_back_all_that_a_verdict_is_made_of(images, tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(SPAWN)

@@ -800,7 +800,7 @@ except FloatingPointError as error:
 """
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes_make_one_choice(images, resnet18_weights, tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)

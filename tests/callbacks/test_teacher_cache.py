@@ -432,7 +432,7 @@ for location in (None, "memory"):
 """
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes(images, tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)

@@ -182,6 +182,7 @@ def test_a_network_that_cannot_compute_in_it_stays_in_float32(any_machine, monke
 
 @pytest.mark.usefixtures("any_machine")
 @torch.no_grad()
+@pytest.mark.slow
 def test_compiled_inference_computes_in_it_as_well():
     torch.manual_seed(0)
     model = StfpmExtModel("test_resnet", ["layer1"], teacher_weights=False, compile_mode="default").eval()
