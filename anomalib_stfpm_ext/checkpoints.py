@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checkpoints: one writer and one reader. They run no code of a file, and a file is for one network alone.
+"""Checkpoints: one writer and one reader. They run no code from a file, and a file fits one network alone.
 
-Lightning writes weights, exponents, precision, threshold and range with the model's state dict. Beside them, under
-:data:`KEY`, stands what says of which network they are, and what a fit needs to go on. The teacher is half of the
-model, and many models share it: a checkpoint may name it instead.
+Lightning writes weights, exponents, precision, threshold and range with the model's state dict. :data:`KEY` holds what
+identifies their network, and what a fit needs to resume. The teacher is half of the model, and many models share it: a
+checkpoint may name it instead.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from .torch_model import StfpmExtModel, encode_scoring
 if TYPE_CHECKING:
     from .lightning_model import StfpmExt
 
-KEY, VERSION = "stfpm_ext", 3  # files of 0.1 are of version 1, those of 0.2 and until December 2026 of version 2
+KEY, VERSION = "stfpm_ext", 3  # 0.1 wrote version 1; 0.2, and later until December 2026, version 2
 TEACHER_PREFIX = "model.teacher_model."  # of the teacher's tensors in the state dict
 
 
@@ -55,10 +55,10 @@ def load_content(path: str) -> dict[str, Any]:
 
 
 def write(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
-    """Complete the checkpoint that Lightning and anomalib have made of a model.
+    """Complete the checkpoint that Lightning and anomalib have made from a model.
 
     Args:
-        checkpoint (dict[str, Any]): The checkpoint, which is changed: within a fit, it gets the student that is kept.
+        checkpoint (dict[str, Any]): The checkpoint, which is changed: within a fit, it receives the kept student.
         model (StfpmExt): The model.
     """
     network, teacher, selection = model.model, model.model.teacher_model, model.student_selection
@@ -82,7 +82,7 @@ def write(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
     if not model.save_teacher:
         tensors = teacher.state_dict()
         for name in tensors:
-            checkpoint["state_dict"].pop(TEACHER_PREFIX + name, None)  # a sharded state is not all here
+            checkpoint["state_dict"].pop(TEACHER_PREFIX + name, None)  # a sharded state is incomplete
         named = {"backbone": teacher.backbone, "layers": teacher.layers, "sha256": checksum(tensors)}
         checkpoint[KEY]["teacher"] = named
 
@@ -95,11 +95,11 @@ def read(checkpoint: dict[str, Any], model: "StfpmExt") -> dict[str, Any] | None
         model (StfpmExt): The model.
 
     Returns:
-        dict[str, Any] | None: What the fit needs to go on; ``None`` if it held no images out.
+        dict[str, Any] | None: What the fit needs to resume; ``None`` if it held no images out.
 
     Raises:
-        ValueError: If it is of another network or teacher, or of a newer version; in a fit, if tiles or ``combine_at``
-            are others, or the fit had options that this version has not.
+        ValueError: If its network or teacher is another, or its version is newer; in a fit, also if tiles,
+            ``combine_at`` or settings of the selection differ, or the fit had options that this version lacks.
     """
     teacher = model.model.teacher_model
     if not any(name.startswith(STUDENT_PREFIX) for name in checkpoint["state_dict"]):
@@ -129,7 +129,7 @@ def read(checkpoint: dict[str, Any], model: "StfpmExt") -> dict[str, Any] | None
 
 
 def _keep_given(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
-    """Leave in force what was given beside the checkpoint, and say so; anomalib would replace it in silence."""
+    """Let what the caller gave override the checkpoint, and say so; anomalib would replace it silently."""
     before = {name: checkpoint.get(f"anomalib_{name}_config") for name in model.given}
     for name, saved in before.items():
         component: Any = getattr(model, name)
@@ -146,7 +146,7 @@ def _keep_given(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
 def _score_as_asked(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
     """Have the student score in the precision that model or trainer ask for, if they do.
 
-    Threshold and range are of the precision before. A fit that goes on sets them anew; otherwise a warning says so.
+    Threshold and range were set in the checkpoint's precision. A resumed fit sets them anew; else a warning follows.
     """
     asked = model.asked_precision
     if asked is None:
@@ -155,7 +155,7 @@ def _score_as_asked(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
     scoring = state[SCORING].clone()
     before: Precision = PRECISIONS[int(scoring[0])]
     if is_fitting(model):
-        asked = model.model.precision  # where the machine is fast in what is asked for
+        asked = model.model.precision  # float32 where the machine gains nothing from the one asked for
         of_processor = checkpoint.get("callbacks", {}).get(getattr(model.post_processor, "state_key", None), {})
         stale = [*of_processor.values(), *(state[name] for name in state if name.startswith(POST_PROCESSOR_PREFIX))]
         for statistic in stale if asked != before else ():
@@ -168,8 +168,8 @@ def _score_as_asked(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
 
 
 def _upgraded(checkpoint: dict[str, Any], levels: int) -> dict[str, Any]:
-    """Return what :data:`KEY` has of an older version's file; its exponents and precision move into the state dict."""
-    # Lightning writes what load_from_checkpoint is given over the hyperparameters.
+    """Return an older file's content for :data:`KEY`; its exponents and precision move into the state dict."""
+    # Lightning overwrites the hyperparameters with the arguments of load_from_checkpoint.
     network = checkpoint.get("stfpm_ext_network") or checkpoint.get("hyper_parameters", {})
     scoring = encode_scoring(network.get("level_weights"), network.get("precision", "float32"), levels)
     checkpoint["state_dict"].setdefault(SCORING, scoring)
@@ -183,7 +183,7 @@ def _upgraded(checkpoint: dict[str, Any], levels: int) -> dict[str, Any]:
 
 
 def _check_settings(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
-    """Raise unless a fit goes on with the settings that it began with, by which students are compared."""
+    """Raise unless a resumed fit has the settings that it began with: students are compared under them."""
     content, selection = checkpoint[KEY], model.student_selection
     fit, given = content["fit"] or {}, checkpoint.get("hyper_parameters", {})
     settings: list[tuple[str, Any, Any]] = [
@@ -193,12 +193,12 @@ def _check_settings(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
         settings += [
             ("held_out_share", fit["share"], selection.share),
             ("selection", fit.get("selection", selection.selection), selection.selection),
-            ("precise_bn", fit.get("precise_bn", model.precise_bn), model.precise_bn),  # versions of before had none
+            ("precise_bn", fit.get("precise_bn", model.precise_bn), model.precise_bn),  # absent from old files
         ]
     for argument, before, now in settings:
         if before != now:
             fail(ValueError, argument, f"{before} as in the checkpoint", now)
-    for argument, default in (("ema_decay", None), ("lr_schedule", "constant")):  # which version 3 has no more
+    for argument, default in (("ema_decay", None), ("lr_schedule", "constant")):  # removed in version 3
         if (before := given.get(argument, default)) != default:
             fail(ValueError, argument, f"{default}, with which alone this version goes on", before)
 
@@ -228,7 +228,7 @@ def _describe_tiler(tiler: Tiler | None) -> dict[str, Any] | None:
 
 
 def _restore_tiler(model: StfpmExtModel, wanted: dict[str, Any] | None, must_match: bool) -> None:
-    """Cut images into tiles as in the training of a checkpoint; threshold and range are of such maps."""
+    """Tile images as in the checkpoint's training; threshold and range were set on such maps."""
     got = _describe_tiler(model.tiler)
     if wanted == got:
         return
@@ -240,7 +240,7 @@ def _restore_tiler(model: StfpmExtModel, wanted: dict[str, Any] | None, must_mat
 
 
 def _bring_back(state: dict[str, torch.Tensor], teacher: Teacher, named: dict[str, Any]) -> None:
-    """Put the teacher's tensors into a checkpoint's state that names it, or raise if that is another one."""
+    """Add the teacher's tensors to the state of a checkpoint that names it; raise if it names another teacher."""
     tensors = teacher.state_dict()
     if (got := checksum(tensors)) != named["sha256"]:
         wanted = (
@@ -252,7 +252,7 @@ def _bring_back(state: dict[str, torch.Tensor], teacher: Teacher, named: dict[st
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Compute what tells networks apart: SHA-256 of names, dtypes, shapes and values of the tensors.
+    """Compute the SHA-256 of the tensors' names, dtypes, shapes and values, which identifies a network.
 
     Args:
         tensors (Mapping[str, torch.Tensor]): The tensors by name, on any device and in any memory layout.
@@ -262,7 +262,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if not name.endswith("num_batches_tracked"):  # absent from old files, and of no effect
+        if not name.endswith("num_batches_tracked"):  # absent from old files, without effect
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

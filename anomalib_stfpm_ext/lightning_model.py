@@ -59,55 +59,55 @@ class StfpmExt(ExactExports, AnomalibModule):
     """Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021, arXiv 2103.04257).
 
     A student learns, from good images only, to match the features of a frozen, pretrained teacher of the same
-    architecture at several levels. Where the two differ, there is an anomaly. docs/training.md says more.
+    architecture at several levels. An anomaly is where the two differ. See docs/training.md.
 
     Args:
-        backbone (str): timm's name of the network of teacher and student. Defaults to ``"resnet18.tv_in1k"``,
+        backbone (str): timm's name for the network of teacher and student. Defaults to ``"resnet18.tv_in1k"``,
             torchvision's weights as in the paper.
-        layers (Sequence[str]): Levels of the pyramid that are compared, by timm's names. Defaults to
+        layers (Sequence[str]): Levels of the pyramid to compare, by timm's names. Defaults to
             ``("layer1", "layer2", "layer3")``.
         teacher_weights (bool | Path): Local ``.pth`` or ``.safetensors`` file with the teacher's weights. ``True``:
             the file that the environment variable ``STFPM_EXT_TEACHER_WEIGHTS`` names; otherwise timm's pretrained
-            ones, from torch hub's cache, timm's own or the internet. ``False``: none, since a checkpoint brings them.
+            weights, from torch hub's cache, timm's cache or the internet. ``False``: none; a checkpoint brings them.
         combine_at (str): Where the levels' maps are multiplied: ``"image"``, at the image's size as in the paper, or
             ``"finest"``, at the finest level's, as in the authors' code. Defaults to ``"image"``.
-        lr (float | None): Learning rate of SGD. Defaults to ``None``, which a fit settles at its start: 1.6, or the
-            paper's 0.4 where the student has other normalisation than batch norm, or none, ``precise_bn`` is off, or
-            the levels get no exponents (see ``selection``).
-        held_out_share (float): Share of the good training images that the student never trains on, and that choose the
-            student that is saved, tested and kept. ``0``: the last one is. Defaults to ``0.2``, as the authors have it.
-        seed (int | None): Seed of all random numbers, and of which images are held out. Defaults to ``None``, which
-            leaves the numbers alone and holds out the images of seed 0, as the authors do.
-        save_teacher (bool): Whether checkpoints hold the teacher, half of the model, or name it, for whoever loads them
-            with the same ``teacher_weights``. Exports hold it all the same. Defaults to ``True``.
+        lr (float | None): Learning rate of SGD. Defaults to ``None``: the start of a fit chooses 1.6, or the paper's
+            0.4 where the student has another normalisation than batch norm, or none, ``precise_bn`` is off, or the
+            levels get no exponents (see ``selection``).
+        held_out_share (float): Share of the good training images that the student never trains on. They choose the
+            student that is kept, saved and tested. ``0`` keeps the last one. Defaults to the authors' ``0.2``.
+        seed (int | None): Seed of all random numbers, and of the choice of held-out images. Defaults to ``None``, which
+            leaves the random numbers alone and holds out the images of seed 0, as the authors do.
+        save_teacher (bool): Whether checkpoints hold the teacher, half of the model, or only name it. The second kind
+            loads with the same ``teacher_weights``. Exports always hold the teacher. Defaults to ``True``.
         teacher_cache (Literal["auto", "memory", "disk"] | None): Where the teacher's features are kept, so that epochs
             after the first run without a teacher. ``"auto"``: in memory, on a CPU, if images are not augmented and a
-            quarter of what is free will do. Defaults to ``"auto"``.
-        compile_mode (Literal["default", "reduce-overhead", "max-autotune"] | None): Have ``torch.compile`` compile
-            inference, once for each size of images. Defaults to ``None``, which compiles nothing.
-        inference_precision (Literal["float32", "bfloat16", "float16", "auto"] | None): What both networks compute in
-            when they score, in validation, test and prediction alike. ``"auto"``: the fastest that leaves the scores
-            of held-out images what they are. Defaults to ``None``: the checkpoint's, the trainer's, or float32.
-        selection (Literal["held_out_map", "synthetic"]): What held-out images decide by: their mean anomaly map, as in
-            the paper, or how well they are told from copies with synthetic anomalies, which also gives the levels'
-            maps exponents. With fewer than 20 of them, the first is in force. Defaults to ``"synthetic"``.
+            quarter of the free memory suffices. Defaults to ``"auto"``.
+        compile_mode (Literal["default", "reduce-overhead", "max-autotune"] | None): Mode in which ``torch.compile``
+            compiles inference, once for each size of images. Defaults to ``None``, which compiles nothing.
+        inference_precision (Literal["float32", "bfloat16", "float16", "auto"] | None): Precision of both networks in
+            validation, test and prediction. ``"auto"``: the fastest that hardly changes the scores of held-out images.
+            Defaults to ``None``: the checkpoint's, the trainer's, or float32.
+        selection (Literal["held_out_map", "synthetic"]): How held-out images choose the student: by their mean anomaly
+            map, as in the paper, or by how well the scores separate them from copies with synthetic anomalies, which
+            also gives the levels' maps exponents. Fewer than 20 use the first. Defaults to ``"synthetic"``.
         precise_bn (bool): Whether a student is measured, validated and saved with the batch norm statistics of its own
             features, not with running averages as in the paper. Defaults to ``True``.
-        image_size (tuple[int, int] | None): Height and width to which images are resized. Defaults to ``None``, the
-            paper's 256x256, or the one size that the backbone takes.
+        image_size (tuple[int, int] | None): Height and width to which images are resized. Defaults to ``None``: the
+            paper's 256x256, or the only size that the backbone takes.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
-            as the teacher was trained. Defaults to ``True``.
+            as in the teacher's training. Defaults to ``True``.
         post_processor (PostProcessor | bool): Normalises and thresholds maps and scores. Defaults to ``True``,
             anomalib's with :class:`.MiddleThreshold`.
         evaluator (Evaluator | bool): Computes the metrics. Defaults to ``True``, anomalib's.
-        visualizer (Visualizer | bool): Draws the results. Defaults to ``True``, anomalib's pictures beside the scoring.
+        visualizer (Visualizer | bool): Draws the results. Defaults to ``True``, anomalib's pictures in the background.
 
-    A trainer without ``max_epochs``, ``max_steps`` and ``max_time`` gets the paper's 100 epochs.
+    A trainer without ``max_epochs``, ``max_steps`` and ``max_time`` runs the paper's 100 epochs.
 
     Raises:
         ValueError: If the backbone or a layer does not exist, a number is out of range, or weights do not fit.
         FileNotFoundError: If the file of weights does not exist.
-        RuntimeError: If timm's pretrained weights cannot be had.
+        RuntimeError: If timm's pretrained weights cannot be loaded.
     """
 
     learning_type = LearningType.ONE_CLASS
@@ -141,7 +141,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         if seed is not None:
             seed_everything(seed, workers=True)
         model = StfpmExtModel(backbone, layers, teacher_weights, combine_at, compile_mode)
-        self.given = {  # what a caller gives is in force beside a checkpoint, too
+        self.given = {  # what the caller gives overrides a checkpoint
             "pre_processor": image_size is not None or not isinstance(pre_processor, bool),
             "post_processor": not isinstance(post_processor, bool),
         }
@@ -157,11 +157,11 @@ class StfpmExt(ExactExports, AnomalibModule):
         model.score_by(None, self.asked_precision or "float32")
         rate, _ = default_rate(model.student_model, selection, precise_bn, math.inf if held_out_share else 0)
         self.lr = rate if lr is None else lr
-        self.default_lr = rate if lr is None else None  # which the callback LearningRate settles
+        self.default_lr = rate if lr is None else None  # the callback LearningRate settles it
         self.last_trainer: int | None = None  # the id, for Checks
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Compute the loss of a batch of good images; ``None`` if it is passed over, a single one without variance."""
+        """Compute the loss of a batch of good images; ``None`` skips a single image whose features lack variance."""
         try:
             with DepthwiseGradients():
                 teacher, student = self.model(batch.image, self.cached_teacher)
@@ -176,7 +176,7 @@ class StfpmExt(ExactExports, AnomalibModule):
 
     @override
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
-        # Lightning would leave the validation out, and so the threshold, where max_steps ends within an epoch.
+        # Lightning would skip the validation, which sets the threshold, where max_steps ends within an epoch.
         if self.student_selection.is_fitting and self.trainer.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True
 
@@ -184,7 +184,7 @@ class StfpmExt(ExactExports, AnomalibModule):
         """Score a batch in the model's own precision, whatever the trainer's is.
 
         Args:
-            batch (Batch): Images ``(B, 3, H, W)``; it gets anomaly maps and raw scores.
+            batch (Batch): Images ``(B, 3, H, W)``; anomaly maps and raw scores are added to it.
         """
         with torch.autocast(self.device.type, enabled=False):
             return batch.update(**self.model(batch.image)._asdict())  # type: ignore[no-any-return]
@@ -213,7 +213,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             ImageReading(),  # before anything asks for loaders
             DistributedSetup(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
-            *([PreciseBatchNorm()] if self.precise_bn else []),  # gives it its statistics before, too
+            *([PreciseBatchNorm()] if self.precise_bn else []),  # sets its statistics before it is measured
             self.student_selection,
             LearningRate(),  # depends on how many images are held out
             ScoringDtype(),  # tries a precision on the student that is kept
@@ -223,7 +223,7 @@ class StfpmExt(ExactExports, AnomalibModule):
 
     @property
     def cached_teacher(self) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
-        """Takes images ``(B, 3, H, W)`` of a fit, gives the teacher's features by level; ``None`` without a cache."""
+        """Maps images ``(B, 3, H, W)`` of a fit to the teacher's features by level; ``None`` without a cache."""
         return partial(self.cache.features, teacher=self.model.teacher_features) if self.cache else None
 
     @override
@@ -284,9 +284,9 @@ class StfpmExt(ExactExports, AnomalibModule):
             StfpmExt: The model.
 
         Raises:
-            ValueError: If it is no checkpoint, or that of another network or teacher.
+            ValueError: If it is no checkpoint, or one of another network or teacher.
         """
-        # The checkpoint says the rest: its weights, its precision, its transform. The random numbers are the caller's.
+        # The checkpoint sets weights, precision and transform. The caller's random numbers are left alone.
         unless_given = {"teacher_weights": False, "seed": None, "inference_precision": None, "image_size": None}
         try:
             model: StfpmExt = super().load_from_checkpoint(checkpoint_path, *args, **{**unless_given, **kwargs})

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arguments of StfpmExt and of its trainer: what is checked, and what is meant where nothing is said."""
+"""The arguments of StfpmExt and of its trainer: their checks and their defaults."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MAX_EPOCHS = 100  # as in the paper
 def check_settings(
     lr: Any, seed: Any, save_teacher: Any, precise_bn: Any, inference_precision: Any, image_size: Any, resizes: bool
 ) -> None:
-    """Check those that nothing else checks.
+    """Check the arguments that nothing else checks.
 
     Args:
         lr (Any): Should be a number of at least 0, or ``None``.
@@ -31,10 +31,10 @@ def check_settings(
         precise_bn (Any): Likewise.
         inference_precision (Any): Should be ``None`` or a precision.
         image_size (Any): Should be ``None`` unless images are resized by the model's own pre-processor.
-        resizes (bool): Whether they are.
+        resizes (bool): Whether that pre-processor resizes them.
 
     Raises:
-        TypeError: If one is of the wrong type.
+        TypeError: If one has the wrong type.
         ValueError: If one is out of range.
     """
     if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
@@ -52,13 +52,13 @@ def check_settings(
 
 
 def plain(value: Any) -> Any:
-    """Make Python's own value of one of NumPy's or OmegaConf's, which torch would not load from a checkpoint.
+    """Convert values of NumPy and OmegaConf, which torch would not load from a checkpoint, to Python's own.
 
     Args:
         value (Any): The value of an argument.
 
     Returns:
-        Any: Numbers for NumPy's, a list or tuple of such for any sequence; others as they are.
+        Any: A Python number for NumPy's, a list or tuple of them for any sequence; other values unchanged.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -68,10 +68,10 @@ def plain(value: Any) -> Any:
 
 
 def limit_epochs(trainer: Trainer) -> None:
-    """Give a trainer that fits without any limit the paper's number of epochs.
+    """Limit a fit without any limit to the paper's number of epochs.
 
-    It is called where the model meets its trainer, the one place where it can be told whether the user gave
-    ``max_epochs``: a moment later Lightning makes it 1000. Among ``trainer_arguments`` it would override the user's.
+    The model calls this when it is attached to its trainer. Only there does ``max_epochs`` still tell whether the user
+    gave it: a moment later Lightning makes it 1000. In ``trainer_arguments`` it would override the user's value.
 
     Args:
         trainer (Trainer): The trainer.
@@ -83,14 +83,14 @@ def limit_epochs(trainer: Trainer) -> None:
 
 
 def pass_over_single_image(trainer: Trainer, batch_idx: int) -> None:
-    """Say that the last image of an epoch is passed over, of whose features of 1x1 there is no variance.
+    """Warn that the last image of an epoch is passed over, since its features of 1x1 have no variance.
 
     Args:
         trainer (Trainer): The trainer.
         batch_idx (int): The number of the batch.
 
     Raises:
-        ValueError: If all batches are like that, or other processes would wait for this one.
+        ValueError: If all batches have one image, or other processes would wait for this one.
     """
     if batch_idx == 0 or trainer.world_size > 1:
         wanted = "at least two images in each batch (another train_batch_size), or larger images"

@@ -129,6 +129,7 @@ class Life(RuleBasedStateMachine):
     def make(self, arguments, tiled):
         self.arguments, self.tiled = arguments, tiled
         self.engine: Engine | None = None  # which has the model
+        self.engine_validates = True  # not with limit_val_batches=0, which holds for all that it does
         self.fitted: Fitted | None = None
         self.validated_on: str | None = None  # what threshold and range are of
         self.scored_in: str | None = None  # then, if the user has asked for another precision since
@@ -149,7 +150,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.sampled_from(["line", "other"]), anew=st.booleans(), accident=accidents("validate"))
     def validate(self, data, anew, accident):
-        engine = self._engine(anew)
+        engine = self._engine(anew or not self.engine_validates)
         if self._run(partial(engine.validate, self.model, datamodule=self.world.data[data], verbose=False), accident):
             self.validated_on, self.scored_in = data, None
 
@@ -199,7 +200,7 @@ class Life(RuleBasedStateMachine):
         path, table = self._export() if exported else self._save(), self.folder / "scores.csv"
         call = partial(watch, path, self.world.shown, table, once=True, interval=1e-3, patience=0, device="cpu",
             teacher_weights=self._teacher, sensitivity=sensitivity)  # fmt: skip
-        if sensitivity is not None and self.validated_on is None:
+        if sensitivity is not None and (self.validated_on is None or not self.model.post_processor):
             with pytest.raises(ValueError, match="sensitivity: wanted a model with a threshold"):
                 call()
             return
@@ -249,7 +250,7 @@ class Life(RuleBasedStateMachine):
         with watch_exponents(self.patch) as seen:
             call = partial(engine.fit, model, datamodule=self.world.data[plan.data], ckpt_path=path)
             came_to_its_end = self._run(call, accident)
-        self.model, self.engine = model, engine
+        self.model, self.engine, self.engine_validates = model, engine, plan.validates
         is_trained = student_of(model) != before
         has_threshold = not all(map(math.isnan, verdict_of(model).values()))
         if is_trained:
@@ -307,7 +308,7 @@ class Life(RuleBasedStateMachine):
     def _engine(self, anew: bool) -> Engine:
         """Return the engine that the model was last in, or a new one."""
         if anew or self.engine is None:
-            self.engine = self._new_engine()
+            self.engine, self.engine_validates = self._new_engine(), True
         return self.engine
 
     def _become(self, model: StfpmExt) -> None:

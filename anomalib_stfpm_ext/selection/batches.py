@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Batches of images within a fit, as its validation gets them, without anything else in the fit taking notice."""
+"""Batches of images within a fit, as its validation gets them, without side effects on the fit."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ def evaluation_batches(trainer: Trainer, model: "StfpmExt", loader: Iterable[Any
     Args:
         trainer (Trainer): Trainer in a fit.
         model (StfpmExt): The model.
-        loader (Iterable): Gives the batches; of several processes, this one's.
+        loader (Iterable): Yields this process's batches.
 
     Yields:
         Batch: Normalised images ``(B, 3, H, W)``, on the model's device.
@@ -28,7 +28,7 @@ def evaluation_batches(trainer: Trainer, model: "StfpmExt", loader: Iterable[Any
     training = model.model.training
     model.model.eval()
     try:
-        # A loader draws a seed for its workers, which must not change what the training draws.
+        # A loader draws a seed for its workers; the training's random numbers must not change.
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(model.device.type, enabled=False):
             for index, batch in enumerate(loader):
                 batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

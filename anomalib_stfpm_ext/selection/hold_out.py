@@ -23,12 +23,12 @@ from ..errors import fail
 def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader[Any]]:
     """Make the loader of held-out images; unless the data module holds some out, leave the others to the training.
 
-    Neither the user's data module nor data set is changed.
+    The user's data module and data set do not change.
 
     Args:
         trainer (Trainer): Trainer at the start of its fit.
         share (float): Share of the good training images that are held out, above 0 and below 1.
-        seed (int): Says which ones.
+        seed (int): Seed of the choice.
 
     Returns:
         tuple[int, DataLoader]: The number of held-out images, and the loader of this process's share of them.
@@ -48,7 +48,7 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
         if isinstance(datamodule, LightningDataModule | LightningModule) and reload:
             wanted = "a data set that stays the same (or 0 to hold nothing out)"
             fail(ValueError, "held_out_share", wanted, f"reload_dataloaders_every_n_epochs={reload}")
-        if not len(getattr(datamodule, "train_data", (True,))):  # of which torch makes no loader
+        if not len(getattr(datamodule, "train_data", (True,))):  # torch makes no loader of none
             fail(ValueError, "held_out_share", "a data module with good training images", "one without images")
         loader = check_splittable(get_loader(trainer.fit_loop))
         good = good_images(loader.dataset)
@@ -69,7 +69,7 @@ def hold_out(trainer: Trainer, share: float, seed: int) -> tuple[int, DataLoader
         if isinstance(datamodule, AnomalibDataModule):
             dataset = replace_leaves(dataset, partial(_augmented, datamodule.test_data.augmentations))
     share_of_process = held_out[trainer.global_rank :: trainer.world_size].tolist()
-    # Processes are started anew each time that the images are read, which for a handful takes longer than reading them.
+    # Worker processes start anew for each pass over the images. For a few images, that takes longer than reading them.
     num_workers = min(loader.num_workers, len(share_of_process) // (loader.batch_size or 1))
     return len(held_out), same_loader(loader, Subset(dataset, share_of_process), num_workers=num_workers)
 
@@ -98,9 +98,9 @@ def check_share(share: float) -> None:
 
 
 def split(num_images: int, share: float, seed: int) -> Indices:
-    """Say which of the good training images are held out.
+    """Choose the good training images that are held out.
 
-    It is the authors' split: theirs comes from scikit-learn's ``train_test_split(test_size=share, random_state=seed)``.
+    It is the authors' split, of scikit-learn's ``train_test_split(test_size=share, random_state=seed)``.
 
     Args:
         num_images (int): Number of good training images.
@@ -108,10 +108,10 @@ def split(num_images: int, share: float, seed: int) -> Indices:
         seed (int): Seed of the permutation; the global random numbers are neither used nor changed.
 
     Returns:
-        Indices: Those of the held-out images.
+        Indices: The indices of the held-out images.
 
     Raises:
-        ValueError: If no image is left on one of the sides.
+        ValueError: If no image would be held out, or none left to train on.
     """
     num_held_out = math.ceil(share * num_images)
     if not 0 < num_held_out < num_images:
@@ -121,10 +121,10 @@ def split(num_images: int, share: float, seed: int) -> Indices:
 
 
 def good_images(dataset: Any) -> Indices:
-    """Return the indices of the good images, ascending; in a data set without anomalib's labels, all are.
+    """Return the indices of the good images, ascending; without anomalib's labels, all images count as good.
 
     Args:
-        dataset (Any): A data set with a length, or nest of them.
+        dataset (Any): A data set with a length, or a nest of them.
 
     Returns:
         Indices: The indices in the whole.

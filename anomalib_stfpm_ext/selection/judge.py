@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The judge of students: what the held-out images say of one, as they are and with anomalies made into them."""
+"""The judge of students: it measures them on held-out images, without and with synthetic anomalies."""
 
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Judge:
-    """Judges students by the images that are held out of a fit. Every process has a share, and all get the result.
+    """Judges students by the held-out images of a fit. Every process scores its share, and all get the result.
 
     Args:
         loader (DataLoader): This process's share of the held-out images.
-        num_images (int): Number of held-out images, of all processes.
-        synthetic (bool): Whether to judge by synthetic anomalies, too, unless the images are too few for it.
+        num_images (int): Number of held-out images in all processes.
+        synthetic (bool): Whether to judge by synthetic anomalies, too, unless there are too few images for them.
         precision (Precision): What the networks compute in, the same for all students of a fit.
 
     Attributes:
         loader (DataLoader): As given.
         num_images (int): As given.
-        num_synthetic (int): Number of held-out images, of all processes, that are also scored with an anomaly.
+        num_synthetic (int): Number of held-out images in all processes that are also scored with an anomaly.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Judge:
     ) -> None:
         self.loader, self.num_images, self.precision = loader, num_images, precision
         self.num_synthetic = min(num_images, MOST_IMAGES) if synthetic and num_images >= FEWEST_IMAGES else 0
-        self._defective: dict[int, torch.Tensor] = {}  # those images, by their number
+        self._defective: dict[int, torch.Tensor] = {}  # images with an anomaly, by number
         if synthetic and not self.num_synthetic:
             rank_zero_info(
                 f"selection: synthetic anomalies need {FEWEST_IMAGES} held-out images to judge by, and there are "
@@ -49,19 +49,19 @@ class Judge:
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, model: "StfpmExt") -> Measurement:
-        """Measure the student in training; its exponents are in force from now on.
+        """Measure the student in training, and put its exponents into force.
 
         Args:
             trainer (Trainer): Trainer in a fit.
             model (StfpmExt): The model.
 
         Returns:
-            Measurement: The mean anomaly map of all images, in which all levels count the same; the AUROC of synthetic
-                anomalies, with weighted levels; the weights. The last two are ``None`` without synthetic anomalies, the
-                weights also where no level alone finds them.
+            Measurement: The mean anomaly map of all images, without weights; the AUROC of synthetic anomalies, with
+                weighted levels; the weights. The last two are ``None`` without synthetic anomalies, the weights also
+                where no level alone finds any.
         """
         model.model.score_by(None, self.precision)
-        # The features that are kept are those of training.
+        # The cache holds features in the precision of the training.
         teacher = model.cached_teacher if self.precision == "float32" and trainer.precision == "32-true" else None
         plain: list[_Row] = []
         good: list[_Compared] = []
@@ -69,12 +69,12 @@ class Judge:
         first = 0
         for batch in evaluation_batches(trainer, model, self.loader):
             images = batch.image
-            # The processes take turns, so that an image has the same number, and anomaly, however many there are.
+            # The processes take turns, so an image's number and anomaly do not depend on how many processes there are.
             numbers = [trainer.global_rank + trainer.world_size * (first + place) for place in range(len(images))]
             first += len(images)
             compared = _Compared.compare(model.model, numbers, images, teacher)
             plain += compared.score(model.model, None)
-            if self.num_synthetic:  # else nothing will be scored again, and there may be many images
+            if self.num_synthetic:  # else nothing is scored again, and many images would fill the memory
                 good.append(compared)
             if made := [number for number in numbers if number < self.num_synthetic]:
                 with_anomaly = torch.stack([self._make(number, images[place]) for place, number in enumerate(made)])
@@ -98,7 +98,7 @@ class Judge:
         return measurement._replace(synthetic_auroc=auroc, level_weights=weights)
 
     def _make(self, number: int, image: torch.Tensor) -> torch.Tensor:
-        """Return an image with its anomaly, which is made once."""
+        """Return an image with its anomaly; it is made once."""
         if number not in self._defective:
             self._defective[number] = add_anomaly(image, number).cpu()
         return self._defective[number]
@@ -126,7 +126,7 @@ class _Compared(NamedTuple):
 
 
 def _gather(trainer: Trainer, rows: list[_Row]) -> torch.Tensor:
-    """Put the rows of all processes together, in the order of the images' numbers."""
+    """Gather the rows of all processes, in the order of the images' numbers."""
     shares: list[Any] = [rows] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(shares, rows)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The record of a student: all that its verdicts are made of, moved as a whole."""
+"""The record of a student: all that its verdicts depend on, moved as a whole."""
 
 import math
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ POST_PROCESSOR_PREFIX = "post_processor."  # threshold and range
 
 
 class Measurement(NamedTuple):
-    """What the held-out images say of one student.
+    """How one student does on the held-out images.
 
     Attributes:
         epoch (int): Its epoch.
-        step (int): Its training steps.
-        value (float): Their mean anomaly map, in which all levels count the same.
+        step (int): Its number of training steps.
+        value (float): The mean anomaly map of the images, in which all levels count the same.
         synthetic_auroc (float | None): How well the map with weighted levels finds synthetic anomalies in them.
-        level_weights (tuple[float, ...] | None): How much each level should count; ``None`` for all the same.
+        level_weights (tuple[float, ...] | None): The exponent of each level's map; ``None`` for equal ones.
     """
 
     epoch: int
@@ -39,15 +39,15 @@ class Measurement(NamedTuple):
 def best_of(history: Iterable[Measurement]) -> Measurement | None:
     """Return the measurement of the best student.
 
-    Without synthetic anomalies it is the one with the lowest mean map, as in the paper. Otherwise it is the one that
-    finds most of them; among those that are level with it, again the one with the lowest map. Students that were given
-    up do not come back, since they are gone.
+    Without synthetic anomalies, the best student has the lowest mean map, as in the paper. Otherwise it finds most of
+    the anomalies; of students that tie, it has the lowest map. Students that were given up do not come back, since
+    their weights are gone.
 
     Args:
-        history (Iterable[Measurement]): Measurements in their order.
+        history (Iterable[Measurement]): Measurements, in order of time.
 
     Returns:
-        Measurement | None: The earliest of equals; ``None`` of none.
+        Measurement | None: The best one, the earliest of equals; ``None`` without measurements.
     """
     best, most = None, -math.inf
     for each in history:
@@ -60,10 +60,10 @@ def best_of(history: Iterable[Measurement]) -> Measurement | None:
 
 
 class Record(NamedTuple):
-    """A student outside of the network, with all that its verdicts are made of.
+    """A student outside of the network, with all that its verdicts depend on.
 
     Attributes:
-        measurement (Measurement | None): What the held-out images say of it, if they were asked.
+        measurement (Measurement | None): Its measurement, if there is one.
         tensors (dict[str, torch.Tensor]): Its weights and statistics, the exponents of its levels, its precision,
             and threshold and range, by their names in the state dict of ``StfpmExt``.
     """
@@ -95,7 +95,7 @@ class Record(NamedTuple):
         """
         state = model.state_dict()
         for name, tensor in self.tensors.items():
-            if name != SCORING:  # which is no memory of the model's
+            if name != SCORING:  # encoded from attributes: there is no tensor to copy into
                 state[name].copy_(tensor)
         model.model.set_extra_state(self.tensors[SCORING])
 
@@ -110,7 +110,7 @@ class Record(NamedTuple):
 
 @torch.no_grad()
 def forget_verdict(model: "StfpmExt") -> None:
-    """Take back exponents, threshold and range, which a training step has left behind.
+    """Reset exponents, threshold and range, which no longer fit after a training step.
 
     Args:
         model (StfpmExt): The model.
@@ -121,7 +121,7 @@ def forget_verdict(model: "StfpmExt") -> None:
 
 
 def has_verdict(model: "StfpmExt") -> bool:
-    """Tell whether the student in the network has threshold and range, or its post-processor wants none.
+    """Tell whether the student in the network has threshold and range, or its post-processor needs none.
 
     Args:
         model (StfpmExt): The model.
@@ -135,7 +135,7 @@ def has_verdict(model: "StfpmExt") -> bool:
 
 
 def _statistics(model: "StfpmExt") -> list[torch.Tensor]:
-    """Return what a validation sets: NaN stands for nothing, as in anomalib."""
+    """Return what a validation sets; NaN is a value not set, as in anomalib."""
     processor = model.post_processor
     state = {} if processor is None else processor.state_dict()
     return [tensor for tensor in state.values() if tensor.is_floating_point()]

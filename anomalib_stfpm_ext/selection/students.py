@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class Students:
-    """Two students are alive in a fit. One is in the network, the record of the other is here.
+    """The two students of a fit. One is in the network; this class holds the record of the other.
 
     Args:
         model (StfpmExt): The model.
         before (Record | None): The student that the fit begins with. Defaults to ``None``, the one in the network.
         resumed (dict[str, Any] | None): What :meth:`state` returned, if the fit goes on from a checkpoint. The network
-            holds the student that is kept, and gets the one in training. Defaults to ``None``.
+            holds the kept student, and receives the one in training. Defaults to ``None``.
 
     Attributes:
-        history (list[Measurement]): What was measured, in this order.
-        kept (Record): The best student that was measured; before the first, the one that the fit began with.
+        history (list[Measurement]): All measurements, in order of time.
+        kept (Record): The best student measured so far; before any measurement, the one that the fit began with.
     """
 
     def __init__(self, model: "StfpmExt", before: Record | None = None, resumed: dict[str, Any] | None = None) -> None:
@@ -40,17 +40,17 @@ class Students:
 
     @property
     def best(self) -> Measurement | None:
-        """The measurement of the student that is kept; ``None`` before the first."""
+        """The measurement of the kept student; ``None`` before the first."""
         return self.kept.measurement
 
     def add(self, measurement: Measurement) -> bool:
-        """Note a measurement of the student in training, and keep that student if it is the best so far.
+        """Record a measurement of the student in training, and keep that student if it is the best so far.
 
         Args:
             measurement (Measurement): The measurement.
 
         Returns:
-            bool: Whether it is.
+            bool: Whether it is the best so far.
         """
         self.history.append(measurement)
         is_best = best_of(self.history) is measurement
@@ -59,18 +59,18 @@ class Students:
         return is_best
 
     def take_again(self) -> None:
-        """Copy the kept student anew, which is in training still and has got exponents, precision or a threshold."""
+        """Copy the kept student from the network again, since its exponents, precision or threshold were set there."""
         self.kept = Record.take(self._model, self.kept.measurement)
 
     def show_kept(self) -> None:
-        """Put the student that is kept into the network."""
+        """Put the kept student into the network."""
         if self._training is None:
             self._training = Record.take(self._model)
             self.kept.put(self._model)
 
     @contextmanager
     def kept_in_network(self) -> Iterator[None]:
-        """Have the student that is kept in the network for a while, and keep what it gets there."""
+        """Put the kept student into the network for a while, and keep what is set on it there."""
         if self._training is not None:
             yield
             return
@@ -84,10 +84,10 @@ class Students:
             training.put(self._model)
 
     def to_save(self) -> "dict[str, torch.Tensor]":
-        """Return what a checkpoint holds instead of what is in the network, by name."""
+        """Return the tensors, by name, that a checkpoint holds in place of the network's."""
         return self.kept.tensors if self._training is None and self.best else {}
 
     def state(self) -> dict[str, Any]:
-        """Return what resuming needs beside the student that is kept."""
+        """Return what resuming needs beside the kept student."""
         training = self._training or Record.take(self._model)
         return {"history": [tuple(measurement) for measurement in self.history], "student": training.weights()}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Synthetic anomalies: defects made into good images, to tell how well a student finds what it has never seen."""
+"""Synthetic anomalies: defects added to good images, to measure how well a student finds what it has never seen."""
 
 import math
 from collections.abc import Callable
@@ -9,22 +9,22 @@ import torch
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from torch.nn.functional import interpolate
 
-FEWEST_IMAGES = 20  # by fewer held-out images, which student finds more is a matter of chance
-MOST_IMAGES = 100  # that get an anomaly, so that large data sets take no more time and memory
-FEWEST_PERLIN_PIXELS = 64  # a side, which anomalib's generator fails below
-TIE = 0.005  # of the mean AUROC: what late epochs differ by without reason
+FEWEST_IMAGES = 20  # with fewer held-out images, chance decides which student finds more
+MOST_IMAGES = 100  # with an anomaly, to bound time and memory on large data sets
+FEWEST_PERLIN_PIXELS = 64  # per side; anomalib's generator fails below
+TIE = 0.005  # of the mean AUROC: late epochs differ by as much at random
 
 
 def add_anomaly(image: torch.Tensor, index: int) -> torch.Tensor:
-    """Make a defect into an image: of four kinds in turn, the same for the same index.
+    """Add a defect to an image, of one of four kinds in turn. The same index gives the same defect.
 
-    Sizes follow from the image's size, strengths from its range, so that they suit any normalisation. In an image
-    without contrast a defect may be invisible, to all students alike.
+    The size of the defect depends on the image's size, its strength on the image's range, so it suits any
+    normalisation. In an image without contrast a defect may be invisible, to all students alike.
 
     Args:
         image (torch.Tensor): Normalised image ``(3, H, W)``.
-        index (int): Says which kind, and seeds its shape, place and strength. The global random numbers of torch are
-            neither used nor changed.
+        index (int): Chooses the kind, and seeds shape, place and strength. torch's global random numbers are neither
+            used nor changed.
 
     Returns:
         torch.Tensor: The image ``(3, H, W)`` with the defect, on the same device.
@@ -35,15 +35,15 @@ def add_anomaly(image: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def mean_auroc(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor) -> float:
-    """Compute how well scores tell good images from those with defects, as the mean over the kinds.
+    """Compute how well scores separate good images from those with defects, as the mean AUROC over the kinds.
 
     Args:
         good (torch.Tensor): Scores ``(N,)`` of good images.
         defective (torch.Tensor): Scores ``(M,)`` of images with defects.
-        kinds (torch.Tensor): Kind ``(M,)`` of each of them, by its index.
+        kinds (torch.Tensor): Kind ``(M,)`` of each defect, by index.
 
     Returns:
-        float: Mean image AUROC, from 0 to 1; NaN where a score is.
+        float: Mean image AUROC, from 0 to 1; NaN if a score is NaN.
     """
     if good.isnan().any() or defective.isnan().any():
         return math.nan
@@ -52,19 +52,20 @@ def mean_auroc(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor)
 
 
 def level_weights(good: torch.Tensor, defective: torch.Tensor, kinds: torch.Tensor) -> tuple[float, ...] | None:
-    """Weigh levels by how well each one alone tells good images from those with defects.
+    """Weigh levels by how well each one alone separates good images from those with defects.
 
-    A level's weight is the square of 2 AUROC - 1: 0 for one that guesses. While that is small, it grows as the square
-    of the distance between good and defective in standard deviations, and so as the inverse of the noise's variance:
-    what independent measurements of one quantity are weighted with.
+    A level's weight is the square of 2 AUROC - 1: 0 for a level that guesses. A small weight grows as the square of the
+    distance between good and defective in standard deviations, and so as the inverse of the noise's variance. That is
+    the usual weight of independent measurements of one quantity.
 
     Args:
         good (torch.Tensor): Scores ``(N, levels)`` of good images.
         defective (torch.Tensor): Scores ``(M, levels)`` of images with defects.
-        kinds (torch.Tensor): Kind ``(M,)`` of each of them.
+        kinds (torch.Tensor): Kind ``(M,)`` of each defect.
 
     Returns:
-        tuple[float, ...] | None: Weights with a mean of 1, in hundredths, or ``None`` if all guess or a score is NaN.
+        tuple[float, ...] | None: Weights with a mean of 1, rounded to hundredths; ``None`` if all levels guess or a
+            score is NaN.
     """
     aurocs = [mean_auroc(level, made, kinds) for level, made in zip(good.T, defective.T, strict=True)]
     raw = [max(2 * auroc - 1, 0) ** 2 for auroc in aurocs]
@@ -75,7 +76,7 @@ def _perlin(image: torch.Tensor) -> torch.Tensor:
     """Blend noise into patches, as DRAEM does (Zavrtanik et al., ICCV 2021)."""
     size = image.shape[1:]
     canvas = _resize(image, [max(side, FEWEST_PERLIN_PIXELS) for side in size])
-    low, contrast = canvas.amin((1, 2), keepdim=True), _contrast(canvas)  # the generator is made for images in [0, 1]
+    low, contrast = canvas.amin((1, 2), keepdim=True), _contrast(canvas)  # the generator takes images in [0, 1]
     generator = PerlinAnomalyGenerator(probability=1.0, blend_factor=(0.2, 1.0))
     changed: torch.Tensor = generator((canvas - low) / contrast)[0] * contrast + low
     return image + _resize(changed - canvas, list(size))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Threshold and range of the student in the network: set by the validation images, taken back where of no use."""
+"""Threshold and range of the student in the network: the validation sets them, and useless ones are taken back."""
 
 import math
 from itertools import islice
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def set_verdict(trainer: Trainer, model: "StfpmExt") -> None:
     """Set threshold and range by the validation images of a fit, as its validation does.
 
-    Lightning's loop would have loggers, metrics and early stopping take this for one more validation of the student in
-    training.
+    Lightning's own loop would also feed loggers, metrics and early stopping, as if the student in training were
+    validated once more.
 
     Args:
         trainer (Trainer): Trainer in a fit.
@@ -43,10 +43,10 @@ def set_verdict(trainer: Trainer, model: "StfpmExt") -> None:
 
 
 def take_back_useless(trainer: Trainer, model: "StfpmExt") -> None:
-    """Take threshold and range back, and say why, where all or no images would be defective by them.
+    """Take threshold and range back, and say why, where they would call all images defective, or none.
 
-    anomalib takes any validation for one that can set them: of a single score, the range is empty, and of defective
-    images alone, the threshold lies below all scores.
+    anomalib sets them from any validation. A single score gives an empty range. Defective images alone give a threshold
+    below all scores.
 
     Args:
         trainer (Trainer): Trainer after a validation.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reduced precisions, tried on the held-out images: how much faster scores are, and how far they move."""
+"""Reduced precisions, tried on the held-out images: how much faster scoring is, and how far scores move."""
 
 import math
 import time
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from .judge import Judge
 
 # How far scores may move, as a share of the standard deviation of good images' scores. A tenth adds half a percent to
-# that deviation, which no verdict can be told from.
+# that deviation, too little to change verdicts noticeably.
 TOLERANCE = 0.1
 FEWEST_IMAGES = 5
-ENOUGH_IMAGES = 32  # to choose by: each student that is kept is tried
+ENOUGH_IMAGES = 32  # for a choice, which is made for each kept student
 
 
 class Trial(NamedTuple):
-    """What scoring in a reduced precision comes to on held-out images.
+    """The effect of scoring held-out images in a reduced precision.
 
     Attributes:
-        images (int): How many there are.
-        shift (float): Root of the mean squared difference of the scores from those of float32, in standard deviations
+        images (int): Number of images.
+        shift (float): Root of the mean squared difference of the scores from those in float32, in standard deviations
             of the latter.
-        speedup (float): By how much it is faster.
+        speedup (float): The time of float32 divided by the time of the reduced precision.
     """
 
     images: int
@@ -45,16 +45,16 @@ class Trial(NamedTuple):
 
     @property
     def is_tolerable(self) -> bool:
-        """Whether scores stay within :data:`TOLERANCE`, as far as so many images can tell."""
+        """Whether there are enough images, and scores move by no more than :data:`TOLERANCE`."""
         return self.images >= FEWEST_IMAGES and self.shift <= TOLERANCE
 
 
 class Choice(NamedTuple):
-    """The precision that a student is to score in.
+    """The precision chosen for a student's scores.
 
     Attributes:
         precision (Precision): The precision.
-        reason (str): Why, in a sentence.
+        reason (str): The reason, in a sentence.
     """
 
     precision: Precision
@@ -62,15 +62,15 @@ class Choice(NamedTuple):
 
 
 def choose_precision(judge: "Judge", trainer: Trainer, model: "StfpmExt") -> Choice:
-    """Choose the fastest precision that leaves the scores of the student in the network what they are.
+    """Choose the fastest precision in which the scores of the student in the network move tolerably.
 
     Args:
-        judge (Judge): It has the held-out images.
+        judge (Judge): The judge, with the held-out images.
         trainer (Trainer): Trainer in a fit.
         model (StfpmExt): The model.
 
     Returns:
-        Choice: float32 where no other will do.
+        Choice: The choice; float32 where no other precision is faster and tolerable.
     """
     device = model.device.type
     fast = [name for name in PRECISIONS[1:] if why_not(name, device) is None]
@@ -89,14 +89,14 @@ def choose_precision(judge: "Judge", trainer: Trainer, model: "StfpmExt") -> Cho
 def try_precision(
     precision: Precision, judge: "Judge", trainer: Trainer, model: "StfpmExt", most: float = math.inf
 ) -> Trial:
-    """Score held-out images in float32 and in another precision; every process has a share, and all get the result.
+    """Score held-out images in float32 and in another precision. Every process scores its share; all get the result.
 
     Args:
-        precision (Precision): The precision.
-        judge (Judge): It has the images.
+        precision (Precision): The other precision.
+        judge (Judge): The judge, with the held-out images.
         trainer (Trainer): Trainer in a fit.
-        model (StfpmExt): The model, which scores in the same precision afterwards as before.
-        most (float): How many images are enough; whole batches are taken. Defaults to all.
+        model (StfpmExt): The model. Its own precision is the same afterwards.
+        most (float): Number of images that are enough; whole batches are scored. Defaults to all.
 
     Returns:
         Trial: The result.
