@@ -151,7 +151,8 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.sampled_from(["line", "other"]), anew=st.booleans(), accident=accidents("validate"))
     def validate(self, data, anew, accident):
         engine = self._engine(anew or not self.engine_validates)
-        if self._run(partial(engine.validate, self.model, datamodule=self.world.data[data], verbose=False), accident):
+        ended = self._run(partial(engine.validate, self.model, datamodule=self.world.data[data], verbose=False), accident)
+        if ended or accident[0] == "on_validation_end":  # when threshold and range have been set
             self.validated_on, self.scored_in = data, None
 
     @rule(data=st.sampled_from(["line", "other"]), anew=st.booleans(), accident=accidents("test"))
