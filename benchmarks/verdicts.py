@@ -298,8 +298,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--precision", default="32-true", help="the trainer's, such as bf16-mixed")
-    parser.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="of StfpmExt")
-    parser.add_argument("--ema-decay", type=float, help="of StfpmExt")
     parser.add_argument("--output", type=Path, default=Path("results/verdicts"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
