@@ -69,11 +69,11 @@ $(CHECKPOINT): $(OUTPUT)/tf_efficientnet_lite0.safetensors
 $(OUTPUT)/tf_efficientnet_lite0.safetensors: | .venv/demo.stamp
 	$(BIN)/python demo/prepare.py $(OUTPUT)
 
-# One stamp for each extra: test.stamp, demo.stamp.
+# One stamp for each extra: test.stamp, demo.stamp. Bytecode is made of what is imported, since all of it takes minutes.
 .venv/%.stamp: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --upgrade "pip>=25.1"
-	$(BIN)/pip install ".[$*]"
+	$(BIN)/pip install --no-compile ".[$*]"
 	touch $@
 
 lint: .venv/dev.stamp

@@ -62,6 +62,8 @@ def write(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
         model (StfpmExt): The model.
     """
     network, teacher, selection = model.model, model.model.teacher_model, model.student_selection
+    if not is_fitting(model):  # which says by itself that no step was made
+        network.warn_if_untrained()
     kept, fit = selection.before_saving(model), selection.state()
     checkpoint["state_dict"].update(kept)
     # anomalib's post-processor is module and callback at once, and Lightning saves both.
@@ -171,7 +173,7 @@ def _upgraded(checkpoint: dict[str, Any], levels: int) -> dict[str, Any]:
     """Return an older file's content for :data:`KEY`; its exponents and precision move into the state dict."""
     # Lightning overwrites the hyperparameters with the arguments of load_from_checkpoint.
     network = checkpoint.get("stfpm_ext_network") or checkpoint.get("hyper_parameters", {})
-    scoring = encode_scoring(network.get("level_weights"), network.get("precision", "float32"), levels)
+    scoring = encode_scoring(network.get("level_weights"), network.get("precision", "float32"), True, levels)
     checkpoint["state_dict"].setdefault(SCORING, scoring)
     return {
         "version": VERSION,

@@ -64,6 +64,7 @@ def read_authors_student(path: str | Path, teacher_weights: bool | Path = True, 
         student,
         f"{argument}: {str(path)!r} holds no student of the authors' code",
     )
+    model.model.is_trained = True
     return model
 
 

@@ -18,6 +18,7 @@ from ._compat.torch import descendants, has_hooks, is_traced, is_transformed, ow
 from .backbones import create_extractor, find_tensor, foreign_weights, layer_indices, pretrained_name, torch_hub_file
 from .errors import fail
 from .inference.folding import fold
+from .ops import native
 from .weights import load_tensors, read_file
 
 WEIGHTS_VARIABLE = "STFPM_EXT_TEACHER_WEIGHTS"  # for programs that pass no arguments, as anomalib Studio
@@ -51,9 +52,11 @@ class FeaturePyramid(nn.Module):
 
     Note:
         Inference runs a copy whose batch norms are folded into the convolutions: the same features up to rounding. It
-        is made anew when modules or weights have changed, after gradients were wanted, and after training mode. What
-        torch does not count is not noticed between two inferences: weights changed through ``tensor.data``, views of
-        NumPy or DLPack, or collectives of ``torch.distributed``, and other attributes of a module, such as ``eps``.
+        is made anew when modules or weights have changed, after gradients were wanted, and after training mode. torch
+        does not count all changes of weights: not those through ``tensor.data``, views of NumPy or DLPack, and
+        collectives of ``torch.distributed``. On a CPU, a sample of the weights tells of these: all of a vector, and a
+        value or two of each filter. Changes elsewhere, on a GPU, and of other attributes of a module, such as ``eps``,
+        are not noticed.
 
     Raises:
         ValueError: If timm does not know the backbone, if it has no feature pyramid, or if one of the layers is not
@@ -79,6 +82,8 @@ class FeaturePyramid(nn.Module):
         self._folded_state: list[Any] | None = None
         self._folded_dtype = torch.float32
         self._versions: list[int] = []
+        self._blocks: list[native.Block] = []
+        self._sampled: object = None
         # Swin and its like return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -132,7 +137,12 @@ class FeaturePyramid(nn.Module):
         if images.dtype != torch.float32:  # double precision stays what it is
             dtype = images.dtype
         state = [dtype, *map(id, modules), *map(id, tensors), *map(torch.Tensor.data_ptr, tensors)]
-        if not self._folded or state != self._folded_state or versions(tensors) != self._versions:
+        if (
+            not self._folded
+            or state != self._folded_state
+            or versions(tensors) != self._versions
+            or self._sample(tensors) != self._sampled
+        ):
             if any(map(torch.is_inference, tensors)):  # whose changes are not counted
                 return None
             if any(tensor.isnan().any() for tensor in tensors):
@@ -147,7 +157,15 @@ class FeaturePyramid(nn.Module):
             # With modules and tensors, so that no others get their place in memory.
             self._folded = (network, modules, [tensor.detach() for tensor in tensors])
             self._folded_state, self._versions, self._folded_dtype = state, versions(tensors), dtype
+            self._blocks = [block for tensor in tensors if (block := memory_of(tensor)) is not None]
+            self._sampled = self._sample(tensors)
         return InferenceCopy(self._folded[0], self._folded_dtype)
+
+    def _sample(self, tensors: Sequence[torch.Tensor]) -> object:
+        """Take a sample of the weights, from where :attr:`_blocks` says they are; all of them where nothing is fast."""
+        if native.is_built:
+            return native.fingerprint(self._blocks)
+        return [tensor.sum(dtype=torch.float64).item() for tensor in tensors if memory_of(tensor)]
 
     @staticmethod
     def _parts(images: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -170,6 +188,21 @@ class FeaturePyramid(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model, and needs no second copy of the network.
         return {**self.__dict__, "_folded": (), "_folded_state": None}
+
+
+def memory_of(tensor: torch.Tensor) -> native.Block | None:
+    """Return the memory of a weight, whose rows are the filters of a convolution and the values of a vector.
+
+    Args:
+        tensor (torch.Tensor): The weight.
+
+    Returns:
+        native.Block | None: The memory; ``None`` where there is none, or not on the CPU.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return native.Block(tensor.data_ptr(), (last + 1) * tensor.element_size(), len(tensor) if tensor.ndim else 1)
 
 
 class Teacher(FeaturePyramid):

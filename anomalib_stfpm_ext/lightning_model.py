@@ -134,7 +134,8 @@ class StfpmExt(ExactExports, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        layers, lr, held_out_share, seed, image_size = map(plain, (layers, lr, held_out_share, seed, image_size))
+        backbone, layers, combine_at, selection = map(plain, (backbone, layers, combine_at, selection))
+        lr, held_out_share, seed, image_size = map(plain, (lr, held_out_share, seed, image_size))
         check_settings(lr, seed, save_teacher, precise_bn, inference_precision, image_size, pre_processor is True)
         student_selection = StudentSelection(held_out_share, seed or 0, selection)
         cache = None if teacher_cache is None else TeacherCache(teacher_cache)
@@ -181,13 +182,12 @@ class StfpmExt(ExactExports, AnomalibModule):
             self.trainer.should_stop = True
 
     def score(self, batch: Batch) -> STEP_OUTPUT:
-        """Score a batch in the model's own precision, whatever the trainer's is.
+        """Score a batch in the model's own precision.
 
         Args:
             batch (Batch): Images ``(B, 3, H, W)``; anomaly maps and raw scores are added to it.
         """
-        with torch.autocast(self.device.type, enabled=False):
-            return batch.update(**self.model(batch.image)._asdict())  # type: ignore[no-any-return]
+        return batch.update(**self.model(batch.image)._asdict())  # type: ignore[no-any-return]
 
     @override
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

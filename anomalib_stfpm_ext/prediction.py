@@ -40,6 +40,7 @@ def load_model(checkpoint: str | Path, argument: str = "checkpoint", teacher_wei
     model: StfpmExt = read_file(argument, checkpoint, "a checkpoint of StfpmExt", load)
     model.eval()
     check_crop(model)
+    model.model.warn_if_untrained()
     return model
 
 
@@ -111,8 +112,7 @@ class Predictor:
             FloatingPointError: If the score is not finite: the model is of no use then.
         """
         check_image(image)
-        with torch.autocast(self._device.type, enabled=False):  # the caller's: the networks' precision is their own
-            prediction = self._network(image[None].to(self._device))
+        prediction = self._network(image[None].to(self._device))
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
         if self.threshold is None:  # of which anomalib makes labels all the same: that all is good

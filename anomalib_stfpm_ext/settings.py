@@ -4,10 +4,12 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from decimal import Decimal
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -52,17 +54,23 @@ def check_settings(
 
 
 def plain(value: Any) -> Any:
-    """Convert values of NumPy and OmegaConf, which torch would not load from a checkpoint, to Python's own.
+    """Convert the value of an argument to Python's own types, as far as it has a counterpart there.
+
+    A checkpoint that holds NumPy's or OmegaConf's does not load.
 
     Args:
-        value (Any): The value of an argument.
+        value (Any): The value.
 
     Returns:
-        Any: A Python number for NumPy's, a list or tuple of them for any sequence; other values unchanged.
+        Any: A number, string, list or tuple for those of other libraries; other values unchanged.
     """
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, str):
+        return str.__str__(value)  # of enumerations, too
+    if isinstance(value, Rational | Decimal) and not isinstance(value, Integral):
+        return float(value)
+    if isinstance(value, Sequence):
         return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
     return value
 

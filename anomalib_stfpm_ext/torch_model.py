@@ -60,6 +60,8 @@ class StfpmExtModel(nn.Module):
         precision (Precision): What both networks compute in when they score images, where that is of use; see
             :func:`.inference.precision.dtype_on`. Training, exports for ONNX and gradients are of float32. It and
             :attr:`level_weights` are set by :meth:`score_by`, and are in the state dict.
+        is_trained (bool): Whether the student has learned anything, here or where its weights come from; in the state
+            dict, too.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
 
     Example:
@@ -74,6 +76,7 @@ class StfpmExtModel(nn.Module):
     gain = 1.0
     level_weights: tuple[float, ...] | None = None
     precision: Precision = "float32"
+    is_trained = True
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class StfpmExtModel(nn.Module):
         self.tiler: Tiler | None = None
         self.teacher_model = Teacher(backbone, layers, teacher_weights)
         self.student_model = Student(backbone, layers)
+        self.is_trained = False
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions; the scorer reads any
 
     def forward(
@@ -103,24 +107,32 @@ class StfpmExtModel(nn.Module):
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
             teacher (Callable[[torch.Tensor], dict[str, torch.Tensor]] | None): What to call for the teacher's features
-                in place of :meth:`teacher_features`. Defaults to ``None``.
+                in place of :meth:`teacher_features`, while training. Defaults to ``None``.
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
-        inference = not (self.training or torch.is_grad_enabled())
-        if teacher is not None:
-            sides = teacher(images), self._student_features(images)
-        elif self.compile_mode and inference and not is_traced(images):
-            return self._finite(self._forward_compiled(images), images)
-        elif (copies := self._inference_copies(images)) is not None:
-            return self._finite(self._infer(images, copies), images)
-        else:
-            sides = self._run_networks(images)
         if self.training:
-            return sides
-        return self._finite(self._score(*sides, images), images)
+            self.is_trained = True  # a fit that makes no step takes it back
+            return self._run_networks(images) if teacher is None else (teacher(images), self._student_features(images))
+        with self._own_precision(images):
+            return self._finite(self._infer(images), images)
+
+    def _own_precision(self, images: torch.Tensor) -> AbstractContextManager[Any]:
+        """Keep a caller's autocast away: images are scored in the model's :attr:`precision`, whoever asks."""
+        device_type = images.device.type
+        if is_traced(images) or not torch.is_autocast_enabled(device_type):
+            return nullcontext()
+        return torch.autocast(device_type, enabled=False)
+
+    def _infer(self, images: torch.Tensor) -> InferenceBatch:
+        if self.compile_mode and not (torch.is_grad_enabled() or is_traced(images)):
+            return self._infer_compiled(images)
+        copies = self._inference_copies(images)
+        if copies is None:
+            return self._score(*self._run_networks(images), images)
+        return self._infer_by_copies(images, copies)
 
     def _finite(self, result: InferenceBatch, images: torch.Tensor) -> InferenceBatch:
         """Return results, of float32 where features overflow in float16."""
@@ -129,7 +141,7 @@ class StfpmExtModel(nn.Module):
         _warn_of_overflow()
         return self._score(self.teacher_features(images), self._student_features(images), images)
 
-    def _infer(self, images: torch.Tensor, copies: Copies) -> InferenceBatch:
+    def _infer_by_copies(self, images: torch.Tensor, copies: Copies) -> InferenceBatch:
         """Score images with copies of the networks: on a CPU a few at a time, whose features stay in the caches."""
         parts = self._parts(images)
         at_a_time = math.ceil(torch.get_num_threads() / 2)  # each has two networks
@@ -210,11 +222,12 @@ class StfpmExtModel(nn.Module):
         if len(parts) > 1:
             of_parts = [self.level_distances(part, teacher) for part in parts]
             return {name: torch.cat([part[name] for part in of_parts]) for name in of_parts[0]}
-        sides = self.features(images) if teacher is None else (teacher(images), self._student_features(images))
-        distances = self._distances(*sides, images)
-        if self.precision == "float16" and not all(distance.isfinite().all() for distance in distances.values()):
-            _warn_of_overflow()
-            distances = self._distances(self.teacher_features(images), self._student_features(images), images)
+        with self._own_precision(images):
+            sides = self.features(images) if teacher is None else (teacher(images), self._student_features(images))
+            distances = self._distances(*sides, images)
+            if self.precision == "float16" and not all(distance.isfinite().all() for distance in distances.values()):
+                _warn_of_overflow()
+                distances = self._distances(self.teacher_features(images), self._student_features(images), images)
         return distances
 
     def _distances(
@@ -242,7 +255,7 @@ class StfpmExtModel(nn.Module):
         amap, _, levels = combine_levels(list(distances.values()), image_size, options)
         return amap, levels
 
-    def _forward_compiled(self, images: torch.Tensor) -> InferenceBatch:
+    def _infer_compiled(self, images: torch.Tensor) -> InferenceBatch:
         """Score images by compiled networks; the scorer, whose weights change with the student, needs none."""
         if self._compiled is None:
             self._compiled = torch.compile(self._run_networks, mode=self.compile_mode)
@@ -276,10 +289,11 @@ class StfpmExtModel(nn.Module):
         """Return how images are scored, for the state dict: so it goes wherever the weights go.
 
         Returns:
-            torch.Tensor: The place of the precision in ``PRECISIONS`` and the weight of each level ``(1 + levels,)``,
-                float64.
+            torch.Tensor: The place of the precision in ``PRECISIONS``, the weight of each level, and 1 for a student
+                that is trained ``(levels + 2,)``, float64.
         """
-        return encode_scoring(self.level_weights, self.precision, len(self.teacher_model.layers))
+        levels = len(self.teacher_model.layers)
+        return encode_scoring(self.level_weights, self.precision, self.is_trained, levels)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Score images as :meth:`get_extra_state` says.
@@ -292,7 +306,21 @@ class StfpmExtModel(nn.Module):
         """
         number, *weights = state.tolist()
         precision = PRECISIONS[int(number)] if number in range(len(PRECISIONS)) else number
-        self.score_by(tuple(weights), precision)
+        levels = len(self.teacher_model.layers)
+        self.score_by(tuple(weights[:levels]), precision)
+        self.is_trained = weights[levels:] != [0]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.is_trained = True  # unless the extra state, which others' weights lack, says otherwise
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def warn_if_untrained(self) -> None:
+        """Warn of a student that has learned nothing, before it is tested, exported, saved or used."""
+        if not self.is_trained:
+            rank_zero_warn(
+                "student: wanted one that is trained, got one as it was initialised: its scores mean nothing. Fit the "
+                "model, or load a checkpoint."
+            )
 
     @property
     def backbone(self) -> str:
@@ -364,18 +392,22 @@ class StfpmExtModel(nn.Module):
         return {level: self.tiler.untile(features) for level, features in tiles.items()}
 
 
-def encode_scoring(level_weights: Sequence[float] | None, precision: Precision, levels: int) -> torch.Tensor:
+def encode_scoring(
+    level_weights: Sequence[float] | None, precision: Precision, is_trained: bool, levels: int
+) -> torch.Tensor:
     """Write down how images are scored, as :meth:`StfpmExtModel.get_extra_state` does.
 
     Args:
         level_weights (Sequence[float] | None): The exponent of each level's map; ``None`` for 1 each.
         precision (Precision): What the networks compute in.
+        is_trained (bool): Whether the student is trained.
         levels (int): Number of levels.
 
     Returns:
-        torch.Tensor: Numbers ``(1 + levels,)``, float64.
+        torch.Tensor: Numbers ``(levels + 2,)``, float64.
     """
-    return torch.tensor([PRECISIONS.index(precision), *(level_weights or [1.0] * levels)], dtype=torch.float64)
+    numbers = [PRECISIONS.index(precision), *(level_weights or [1.0] * levels), is_trained]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 @cache

@@ -20,7 +20,7 @@ from anomalib_stfpm_ext.checkpoints import checksum
 from anomalib_stfpm_ext.data.images import read_image
 from anomalib_stfpm_ext.torch_model import StfpmExtModel
 
-SIZE = (48, 64)
+SIZE, BATCH_SIZE = (48, 64), 4
 
 
 class World(NamedTuple):
@@ -60,7 +60,7 @@ class World(NamedTuple):
             make_images(root / "shown", 1, noise, defect)
         torch.manual_seed(1)
         torch.save(timm.create_model("test_resnet").state_dict(), root / "teacher.pth")
-        data = {name: folder(root / name) for name in ("line", "other", "few")}
+        data = {name: folder(root / name, train_batch_size=BATCH_SIZE) for name in ("line", "other", "few")}
         return cls(root / "teacher.pth", data, root / "shown")
 
     def images(self) -> list[torch.Tensor]:
@@ -150,8 +150,8 @@ def verdict_of(model: StfpmExt) -> dict[str, float]:
 
 
 def scoring_of(model: StfpmExt) -> tuple:
-    """Return exponents, precision and student: what scores are made of besides the images."""
-    return model.model.level_weights, model.model.precision, student_of(model)
+    """Return exponents, precision and student, trained or not: what scores are made of besides the images."""
+    return model.model.level_weights, model.model.precision, model.model.is_trained, student_of(model)
 
 
 def student_of(model: StfpmExt) -> str:

@@ -2,7 +2,10 @@
 
 """Checkpoints without the teacher: their size, what they give, and which teachers are refused."""
 
+import argparse
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +178,14 @@ def test_images_have_the_size_of_the_checkpoint(fit, images, weights, tmp_path):
         {"seed": np.int64(3)},
         {"held_out_share": np.float64(0.25), "lr": np.float32(0.05)},
         {"layers": OmegaConf.create(LAYERS)},
-        {"layers": np.array(LAYERS).tolist(), "image_size": tuple(np.array([48, 64])), "pre_processor": True},
+        {"layers": np.array(LAYERS), "image_size": np.array([48, 64]), "pre_processor": True},
+        {"layers": tuple(map(np.str_, LAYERS)), "selection": np.str_("held_out_map"), "lr": torch.tensor(0.05)},
+        {
+            "held_out_share": Fraction(1, 4),
+            "lr": Decimal("0.05"),
+            "image_size": torch.Size([48, 64]),
+            "pre_processor": True,
+        },
     ],
     ids=str,
 )
@@ -183,6 +193,20 @@ def test_what_trains_can_be_loaded(fit, weights, arguments):
     model = make_model(weights[0], **arguments)
     loaded = StfpmExt.load_from_checkpoint(fit(model, epochs=1), teacher_weights=weights[0], visualizer=False)
     assert same(loaded.state_dict(), model.state_dict())
+
+
+def test_what_could_not_be_loaded_is_refused_before_the_first_step(fit, weights):
+    class Mine(StfpmExt):
+        def __init__(self, options, **arguments):
+            super().__init__(**arguments)
+
+    arguments = {"backbone": "test_resnet", "layers": LAYERS, "evaluator": False, "visualizer": False}
+    for model, name in (
+        (StfpmExt(**arguments, teacher_weights=np.str_(weights[0])), "teacher_weights"),
+        (Mine(**arguments, teacher_weights=weights[0], options=argparse.Namespace(a=1)), "options"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: wanted a value that a checkpoint can hold"):
+            fit(model, epochs=1)
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(fit, weights, tmp_path):

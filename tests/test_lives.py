@@ -16,10 +16,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import TilerConfigurationCallback
@@ -35,7 +37,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lives import (
+    BATCH_SIZE,
     Accident,
     Accidents,
     Sayings,
@@ -47,6 +51,7 @@ from lives import (
     verdict_of,
     watch_exponents,
 )
+from omegaconf import OmegaConf
 
 from anomalib_stfpm_ext import StfpmExt, load_model
 from anomalib_stfpm_ext.convert import save_checkpoint
@@ -63,14 +68,14 @@ PRECISIONS = ["float32", "bfloat16"] if COMPUTES_BFLOAT16 else ["float32"]
 
 MODELS = st.fixed_dictionaries(
     {
-        "layers": st.sampled_from([("layer1", "layer3"), ("layer1",)]),
-        "held_out_share": st.sampled_from([0.5, 0.3, 0]),
+        "layers": st.sampled_from([("layer1", "layer3"), ("layer1",), OmegaConf.create(["layer1", "layer3"])]),
+        "held_out_share": st.sampled_from([0.5, np.float32(0.5), Fraction(3, 10), 0]),
         "selection": st.sampled_from(["synthetic", "held_out_map"]),
         "precise_bn": st.booleans(),
         "inference_precision": st.sampled_from([None, "auto", *PRECISIONS]),
         "post_processor": st.sampled_from([True, True, False]),
         "save_teacher": st.booleans(),
-        "seed": st.integers(0, 9),
+        "seed": st.integers(0, 9) | st.integers(0, 9).map(np.int64),
     }
 )
 
@@ -88,6 +93,7 @@ class Plan(NamedTuple):
     epochs: int
     every: int
     validates: bool
+    way: str  # "finder": of its batch size first; "fork": into a process that the trainer starts
 
 
 PLANS = st.builds(
@@ -96,6 +102,7 @@ PLANS = st.builds(
     st.integers(0, 3),
     st.integers(1, 2),
     st.sampled_from([True, True, False]),
+    st.sampled_from(["plain"] * 8 + ["finder", "fork"]),
 )
 
 
@@ -139,19 +146,22 @@ class Life(RuleBasedStateMachine):
 
     @rule(plan=PLANS, accident=accidents("fit"))
     def fit(self, plan, accident):
-        self._fit(self.model, plan, accident)
+        self._fit(self.model, plan, None if plan.way == "fork" else accident)
 
     @precondition(lambda self: self.fitted)
     @rule(more=st.integers(1, 2), accident=accidents("fit"))
     def resume(self, more, accident):
         path, plan, asked_precision, self.validated_on = self.fitted
         self.scored_in = None
-        self._fit(self._new_model(asked_precision), plan._replace(epochs=plan.epochs + more), accident, path)
+        plan = plan._replace(epochs=plan.epochs + more, way="plain")
+        self._fit(self._new_model(asked_precision), plan, accident, path)
 
     @rule(data=st.sampled_from(["line", "other"]), anew=st.booleans(), accident=accidents("validate"))
     def validate(self, data, anew, accident):
         engine = self._engine(anew or not self.engine_validates)
-        ended = self._run(partial(engine.validate, self.model, datamodule=self.world.data[data], verbose=False), accident)
+        ended = self._run(
+            partial(engine.validate, self.model, datamodule=self.world.data[data], verbose=False), accident
+        )
         if ended or accident[0] == "on_validation_end":  # when threshold and range have been set
             self.validated_on, self.scored_in = data, None
 
@@ -246,13 +256,22 @@ class Life(RuleBasedStateMachine):
     def _fit(self, model, plan, accident, path=None):
         """Fit a model, or resume the fit of a checkpoint, and note what its threshold should be of."""
         before = student_of(self._load(path) if path else model)
-        fit_alone = {} if plan.validates else {"limit_val_batches": 0}
-        engine = self._new_engine(max_epochs=plan.epochs, check_val_every_n_epoch=plan.every, **fit_alone)
+        options, forks = {} if plan.validates else {"limit_val_batches": 0}, plan.way == "fork"
+        if forks:
+            options |= {"strategy": "ddp_fork", "devices": 1}
+        engine = self._new_engine(
+            *([finder()] if plan.way == "finder" else []),
+            max_epochs=plan.epochs,
+            check_val_every_n_epoch=plan.every,
+            **options,
+        )
+        data = self.world.data[plan.data]
         with watch_exponents(self.patch) as seen:
-            call = partial(engine.fit, model, datamodule=self.world.data[plan.data], ckpt_path=path)
-            came_to_its_end = self._run(call, accident)
-        self.model, self.engine, self.engine_validates = model, engine, plan.validates
+            came_to_its_end = self._run(partial(engine.fit, model, datamodule=data, ckpt_path=path), accident)
+        data.train_batch_size = BATCH_SIZE  # a finder has changed it
+        self.model, self.engine, self.engine_validates = model, None if forks else engine, plan.validates
         is_trained = student_of(model) != before
+        assert model.model.is_trained or not is_trained
         has_threshold = not all(map(math.isnan, verdict_of(model).values()))
         if is_trained:
             may_be_set = plan.validates if came_to_its_end else has_threshold
@@ -261,9 +280,9 @@ class Life(RuleBasedStateMachine):
             self.validated_on = plan.data
         if not came_to_its_end:
             return
-        assert is_trained or path or self._is_told("no step was made")
+        assert is_trained or path or forks or self._is_told("no step was made")
         if plan.epochs and not has_threshold and model.post_processor:
-            assert self._is_told("no validation has set a threshold")
+            assert forks or self._is_told("no validation has set a threshold")
         exponents = seen.get(student_of(model), set())
         assert exponents <= {model.model.level_weights}, "the student that is kept was scored by another's exponents"
         if engine.best_model_path:
@@ -302,9 +321,9 @@ class Life(RuleBasedStateMachine):
         return StfpmExt("test_resnet", teacher_weights=self.world.teacher, image_size=(48, 64), evaluator=False,
             visualizer=False, **arguments)  # fmt: skip
 
-    def _new_engine(self, **arguments) -> Engine:
+    def _new_engine(self, *callbacks, **arguments) -> Engine:
         tiles = [TilerConfigurationCallback(enable=True, tile_size=32, stride=16)] if self.tiled else []
-        return Engine([self.accidents, *tiles], default_root_dir=self.folder, **QUIET, **arguments)
+        return Engine([self.accidents, *tiles, *callbacks], default_root_dir=self.folder, **QUIET, **arguments)
 
     def _engine(self, anew: bool) -> Engine:
         """Return the engine that the model was last in, or a new one."""
@@ -334,6 +353,10 @@ class Life(RuleBasedStateMachine):
         if asked is None:
             return load_model(path, teacher_weights=self._teacher)
         return StfpmExt.load_from_checkpoint(path, teacher_weights=self._teacher or False, inference_precision=asked)
+
+
+def finder() -> BatchSizeFinder:
+    return BatchSizeFinder("power", 2, init_val=2, max_trials=1, batch_arg_name="train_batch_size")
 
 
 def assert_same(model: StfpmExt, expected: StfpmExt) -> None:

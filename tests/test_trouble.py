@@ -15,6 +15,7 @@ import torch
 from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import ImageBatch
 from anomalib.data.utils import read_image
+from anomalib.deploy import TorchInferencer
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -66,7 +67,7 @@ def told(monkeypatch):
     """What the user is told, once each."""
     said: list[str] = []
     modules = ["callbacks.checks", "callbacks.student_selection", "checkpoints", "feature_pyramid", "settings"]
-    for module in (*modules, "selection.thresholds"):
+    for module in (*modules, "selection.thresholds", "torch_model"):
         for function in ("rank_zero_warn", "rank_zero_info"):
             target = f"anomalib_stfpm_ext.{module}.{function}"
             monkeypatch.setattr(target, lambda message, *_, **__: said.append(str(message)), raising=False)
@@ -277,13 +278,48 @@ def test_a_batch_size_finder_leaves_the_steps_to_the_fit(make_model, images, tmp
     assert not any("fit: no step was made" in message for message in told)
 
 
-def test_a_predictor_scores_in_its_own_precision_under_autocast(make_model, fit):
-    predict, image = Predictor(fit(make_model()).best_model_path, "cpu"), torch.rand(3, 48, 64)
-    expected = predict(image)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = predict(image)
-    assert torch.equal(found.pred_score, expected.pred_score)
-    assert torch.equal(found.anomaly_map, expected.anomaly_map)
+def test_an_untrained_student_is_told(fit, images, tmp_path, told):
+    """Whatever is made of it; a fit that makes no step leaves it untrained, and so does a checkpoint."""
+    make_model = partial(StfpmExt, "test_resnet", ["layer1"], False, image_size=(48, 64), visualizer=False)
+
+    def tells(use, *arguments) -> bool:
+        told.clear()
+        use(*arguments)
+        return any("student: wanted one that is trained" in message for message in told)
+
+    engine, data, file = Engine(default_root_dir=tmp_path, **QUIET), folder(images), tmp_path / "now.ckpt"
+    uses = [partial(getattr(engine, stage), datamodule=data) for stage in ("validate", "test", "predict")]
+    uses += [lambda model: model.to_torch(tmp_path), lambda model: model.to_onnx(tmp_path)]
+    uses += [lambda model: save_checkpoint(model, file), lambda _: load_model(file)]
+    model = make_model()
+    fit(model, epochs=0)
+    assert all(tells(use, model) for use in uses)
+    copied = make_model()
+    copied.load_state_dict(model.state_dict())  # as processes that Lightning starts give a model back
+    assert tells(uses[0], copied)
+    fit(model)
+    assert not any(tells(use, model) for use in uses)
+    stfpm = {name: tensor for name, tensor in model.state_dict().items() if "extra_state" not in name}
+    model = make_model()
+    model.load_state_dict(stfpm, strict=False)
+    assert not tells(uses[0], model)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_scores_do_not_depend_on_a_callers_autocast(make_model, fit, tmp_path, gradients, monkeypatch):
+    """Whether it is asked by itself, through `Predictor`, or by anomalib through an export."""
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model, image = make_model(), torch.rand(3, 48, 64)
+    checkpoint = fit(model).best_model_path
+    forms = [Predictor(checkpoint, "cpu"), lambda image: model.eval()(image[None])]
+    forms.append(lambda image: TorchInferencer(model.to_torch(tmp_path), "cpu").predict(image))
+    for form in forms:
+        with torch.set_grad_enabled(gradients):
+            expected = form(image)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = form(image)
+        assert torch.equal(found.pred_score, expected.pred_score)
+        assert torch.equal(found.anomaly_map, expected.anomaly_map)
 
 
 def test_a_model_in_evaluation_mode_is_trained(make_model, fit):

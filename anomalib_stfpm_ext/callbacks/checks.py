@@ -2,13 +2,17 @@
 
 """Checks at the start of a fit, a validation, a test or a prediction, before any work is lost."""
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.spec import transform_to_spec
+from anomalib.utils.path import paths_to_strings
+from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -44,6 +48,7 @@ class Checks(Callback):
         """Check trainer, images and teacher.
 
         Raises:
+            TypeError: If a checkpoint could not hold an argument of the model.
             ValueError: If the trainer has been used up, a checkpoint cannot hold the transform, or the backbone takes
                 images of another size.
         """
@@ -51,6 +56,7 @@ class Checks(Callback):
         check_trainer(trainer, model)
         model.model.train()  # load_model, or a test that was broken off, has left it in evaluation mode
         check_rivals(trainer, model)
+        check_arguments(model)
         check_transform(model.pre_processor)
         check_image_size(model)
         check_normalisation(model)
@@ -63,10 +69,10 @@ class Checks(Callback):
         check_collation(trainer.train_dataloader)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the teacher, unless the start of the fit has."""
+        """Check teacher and student, unless the fit does."""
         check_collation(trainer.val_dataloaders)
         if trainer.state.fn != TrainerFn.FITTING:
-            check_teacher(pl_module)
+            check_networks(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a threshold back that can tell nothing; before the student selection keeps it."""
@@ -75,13 +81,13 @@ class Checks(Callback):
             take_back_useless(trainer, model)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check teacher and images."""
-        check_teacher(pl_module)
+        """Check teacher, student and images."""
+        check_networks(pl_module)
         check_collation(trainer.test_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check teacher, images and threshold."""
-        check_teacher(pl_module)
+        """Check teacher, student, images and threshold."""
+        check_networks(pl_module)
         check_collation(trainer.predict_dataloaders)
         check_threshold(pl_module)
 
@@ -101,6 +107,12 @@ def check_teacher(model: Any) -> None:
             "teacher_weights: wanted True, a file, or a checkpoint that brings them, got False and no checkpoint: "
             "the teacher is random, and so is what it finds."
         )
+
+
+def check_networks(model: Any) -> None:
+    """Warn of a random teacher, and of a student that has learned nothing."""
+    check_teacher(model)
+    model.model.warn_if_untrained()
 
 
 def check_threshold(model: Any) -> None:
@@ -187,6 +199,20 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
             fail(ValueError, "callbacks", wanted, type(callback).__qualname__)
     if any(map(is_compiled, model.modules())):
         fail(ValueError, "model", "compile_mode=... of StfpmExt for torch.compile", "a network compiled already")
+
+
+def check_arguments(model: Any) -> None:
+    """Raise where a checkpoint would not load, since an argument of the model is of a type that is not plain."""
+    for argument, value in paths_to_strings(dict(model.hparams)).items():  # as anomalib saves them
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            with anomalib_safe_globals(model.checkpoint_safe_globals()):
+                torch.load(file, weights_only=True)
+        except Exception:  # picklers raise all sorts of them
+            wanted = "a value that a checkpoint can hold: numbers, strings, paths, or lists and dictionaries of them"
+            fail(TypeError, argument, wanted, repr(value))
 
 
 def check_transform(pre_processor: Any) -> None:

@@ -48,6 +48,7 @@ class ExactExports(Base):
         Returns:
             Path: The exported file.
         """
+        self.model.warn_if_untrained()
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             for parameter in trained:
@@ -71,6 +72,7 @@ class ExactExports(Base):
         Raises:
             ValueError: If the pre-processor antialiases otherwise than bilinearly, which no runtime does as torch does.
         """
+        self.model.warn_if_untrained()
         if self.pre_processor and self.pre_processor.transform:
             exportable(self.pre_processor.transform)  # complains here, where torch does not wrap the error in its own
         if self.model.precision != "float32":

@@ -153,6 +153,20 @@ class Gradients(NamedTuple):
     strides: Sequence[Sequence[int]]
 
 
+class Block(NamedTuple):
+    """Memory of a weight.
+
+    Args:
+        address (int): Address of its first element.
+        size (int): Its size in bytes.
+        rows (int): Into how many parts of the same size its first dimension divides it.
+    """
+
+    address: int
+    size: int
+    rows: int
+
+
 def scorer_call(
     teacher: Sequence[Any], student: Sequence[Any], outputs: Sequence[Any], options: Options, access: Access
 ) -> ScorerCall:
@@ -257,3 +271,8 @@ def max_pooling(call: PoolingCall, num_threads: int) -> None:
 def run_all(functions: Sequence[Callable[[], Result]], num_threads: int) -> list[Result]:
     """Call functions on so many threads, the caller's among them; of what they raise, raise the first."""
     return _core.run_all(functions, num_threads)
+
+
+def fingerprint(blocks: Sequence[Block]) -> int:
+    """Hash one word of each row, or all where rows are no larger than a word; so that a change of weights shows."""
+    return _core.fingerprint(blocks)

@@ -29,7 +29,7 @@ def evaluation_batches(trainer: Trainer, model: "StfpmExt", loader: Iterable[Any
     model.model.eval()
     try:
         # A loader draws a seed for its workers; the training's random numbers must not change.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for index, batch in enumerate(loader):
                 batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 if isinstance(model.pre_processor, Callback):

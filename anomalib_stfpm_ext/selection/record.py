@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..lightning_model import StfpmExt
 
 STUDENT_PREFIX = "model.student_model."  # of the student's tensors in the state dict of StfpmExt
-SCORING = "model._extra_state"  # the exponents of its levels, and the precision that it scores in
+SCORING = "model._extra_state"  # the exponents of its levels, the precision that it scores in, whether it is trained
 POST_PROCESSOR_PREFIX = "post_processor."  # threshold and range
 
 

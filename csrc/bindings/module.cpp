@@ -11,6 +11,7 @@
 #include "../cpu/dispatch.h"
 #include "calls.h"
 #include "concurrent.h"
+#include "fingerprint.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -95,6 +96,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("feature_matching_backward", &match_backward_on_cpu, py::arg("call"), py::arg("upstream"),
              py::arg("gradients"), py::arg("num_threads"));
   module.def("max_pooling", &pool_on_cpu, py::arg("call"), py::arg("num_threads"));
+  module.def("fingerprint", &fingerprint, py::arg("blocks"));
   module.def("run_all", &run_all, py::arg("functions"), py::arg("num_threads"));
   module.attr("most_partial_sums") = kMostPartialSums;
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES

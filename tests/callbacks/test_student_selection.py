@@ -288,7 +288,7 @@ def test_last_student_has_no_weights_of_an_earlier_one(make_model, fit):
     model.model.score_by((0.5, 0.5), "float32")
     engine = fit(model, epochs=1)
     assert model.model.level_weights is None
-    assert content(engine)["state_dict"][SCORING].tolist() == [0, 1, 1]
+    assert content(engine)["state_dict"][SCORING].tolist() == [0, 1, 1, 1]
 
 
 def test_too_few_images_for_synthetic_anomalies(make_model, fit, caplog):

@@ -80,6 +80,36 @@ def test_hooks_replaced_modules_and_norms_in_training_mode():
         assert norm.num_batches_tracked == 1
 
 
+def distribute(weight: torch.nn.Parameter) -> None:
+    torch.from_dlpack(weight.detach())[:] *= -1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.mul_(1.5),
+        lambda weight: weight.data.copy_(torch.randn_like(weight)),
+        lambda weight: weight.data.clamp_(-1e-3, 1e-3),
+        lambda weight: weight.data[3].zero_(),  # a filter that is pruned
+        lambda weight: weight.data[-1].mul_(0.5),
+        lambda weight: weight.detach().numpy().__imul__(1.01),
+        distribute,
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["conv1.0.weight", "conv1.3.weight", "layer3.0.bn1.weight", "layer1.0.bn1.running_mean"]
+)
+@torch.no_grad()
+def test_changes_that_torch_does_not_count_are_noticed(name, change):
+    student, images = Student("test_resnet", ["layer1", "layer3"]).eval(), torch.randn(1, 3, 64, 64)
+    weight = student.feature_extractor.state_dict(keep_vars=True)[name]
+    weight.add_(0.1 * torch.rand_like(weight))
+    student(images)
+    change(weight)
+    for features, expected in zip(student(images).values(), student.feature_extractor(images), strict=True):
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "first", [torch.zeros(0, 3, 64, 64), torch.full((1, 3, 64, 64), torch.nan)], ids=["empty", "nan"]
 )
