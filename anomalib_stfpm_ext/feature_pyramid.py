@@ -3,8 +3,10 @@
 """The network on either side of STFPM: a timm backbone that returns the features of named levels."""
 
 import os
+from array import array
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +84,7 @@ class FeaturePyramid(nn.Module):
         self._folded_state: list[Any] | None = None
         self._folded_dtype = torch.float32
         self._versions: list[int] = []
-        self._blocks: list[native.Block] = []
+        self._blocks = array("Q")
         self._sampled: object = None
         # Swin and its like return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
@@ -157,7 +159,7 @@ class FeaturePyramid(nn.Module):
             # With modules and tensors, so that no others get their place in memory.
             self._folded = (network, modules, [tensor.detach() for tensor in tensors])
             self._folded_state, self._versions, self._folded_dtype = state, versions(tensors), dtype
-            self._blocks = [block for tensor in tensors if (block := memory_of(tensor)) is not None]
+            self._blocks = array("Q", chain.from_iterable(map(memory_of, tensors)))
             self._sampled = self._sample(tensors)
         return InferenceCopy(self._folded[0], self._folded_dtype)
 
@@ -190,19 +192,19 @@ class FeaturePyramid(nn.Module):
         return {**self.__dict__, "_folded": (), "_folded_state": None}
 
 
-def memory_of(tensor: torch.Tensor) -> native.Block | None:
+def memory_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the memory of a weight, whose rows are the filters of a convolution and the values of a vector.
 
     Args:
         tensor (torch.Tensor): The weight.
 
     Returns:
-        native.Block | None: The memory; ``None`` where there is none, or not on the CPU.
+        tuple[int, ...]: Address, size in bytes and number of rows; nothing where there is no memory on the CPU.
     """
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
-        return None
+        return ()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return native.Block(tensor.data_ptr(), (last + 1) * tensor.element_size(), len(tensor) if tensor.ndim else 1)
+    return tensor.data_ptr(), (last + 1) * tensor.element_size(), len(tensor) if tensor.ndim else 1
 
 
 class Teacher(FeaturePyramid):

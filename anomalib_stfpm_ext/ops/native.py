@@ -7,6 +7,7 @@ the compiled module, ``is_built`` is False, torch operations serve, and nothing 
 """
 
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -153,20 +154,6 @@ class Gradients(NamedTuple):
     strides: Sequence[Sequence[int]]
 
 
-class Block(NamedTuple):
-    """Memory of a weight.
-
-    Args:
-        address (int): Address of its first element.
-        size (int): Its size in bytes.
-        rows (int): Into how many parts of the same size its first dimension divides it.
-    """
-
-    address: int
-    size: int
-    rows: int
-
-
 def scorer_call(
     teacher: Sequence[Any], student: Sequence[Any], outputs: Sequence[Any], options: Options, access: Access
 ) -> ScorerCall:
@@ -273,6 +260,9 @@ def run_all(functions: Sequence[Callable[[], Result]], num_threads: int) -> list
     return _core.run_all(functions, num_threads)
 
 
-def fingerprint(blocks: Sequence[Block]) -> int:
-    """Hash one word of each row, or all where rows are no larger than a word; so that a change of weights shows."""
+def fingerprint(blocks: "array[int]") -> int:
+    """Hash a sample of memory: one word of each row, or all where rows are no larger than a word.
+
+    ``blocks`` has three numbers of 64 bits for each block: its address, its size in bytes, and its number of rows.
+    """
     return _core.fingerprint(blocks)

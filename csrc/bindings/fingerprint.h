@@ -4,11 +4,10 @@
 
 #pragma once
 
-#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 namespace stfpm_ext {
 
@@ -17,7 +16,7 @@ using Block = std::array<uint64_t, 3>;
 
 /// Adds up hashes of a word of each row, at places that differ, or of all words where rows are no larger. All of
 /// ResNet18's weights would take as long as its first layer.
-inline uint64_t fingerprint(const std::vector<Block>& blocks) {
+inline uint64_t fingerprint(const Block* blocks, size_t num_blocks) {
   constexpr uint64_t kWord = sizeof(uint64_t), kMix = 0x9e3779b97f4a7c15;
   uint64_t hash = 0, salt = 0;
   const auto add = [&](uint64_t address, uint64_t size) {
@@ -26,7 +25,8 @@ inline uint64_t fingerprint(const std::vector<Block>& blocks) {
     hash += ((word ^ salt) * kMix) >> 7 ^ word;
     salt += kMix;
   };
-  for (const auto& [address, size, rows] : blocks) {
+  for (const Block* block = blocks; block < blocks + num_blocks; ++block) {
+    const auto& [address, size, rows] = *block;
     const uint64_t row = size / rows;
     if (row <= kWord) {
       uint64_t done = 0;
