@@ -28,7 +28,7 @@ class PreciseBatchNorm(FitResource):
 
     def __init__(self) -> None:
         self._batches: deque[torch.Tensor] = deque()
-        self._step: int | None = None  # of the student whose statistics were estimated
+        self._is_precise = False  # whether the student's statistics were estimated since the last batch
 
     def release(self) -> None:
         """Release the images."""
@@ -42,7 +42,7 @@ class PreciseBatchNorm(FitResource):
         """
         del pl_module
         self.release()
-        self._step = None
+        self._is_precise = False
         check_strategy(trainer, "precise_bn", "False")
 
     def on_train_batch_end(
@@ -50,6 +50,7 @@ class PreciseBatchNorm(FitResource):
     ) -> None:
         """Keep the batch; of those before, no more than an epoch has, so that a resumed fit has the same ones."""
         del pl_module, batch_idx
+        self._is_precise = False  # of a batch without a step, too: gradients may be accumulated over several
         if not outputs:  # a batch that was passed over
             return
         self._batches.append(batch.image)
@@ -74,8 +75,8 @@ class PreciseBatchNorm(FitResource):
         self.release()
 
     def _estimate(self, trainer: Trainer, module: Any) -> None:
-        """Estimate them over all processes' images, unless no step was made since the last time."""
-        if not self._batches or trainer.global_step == self._step:
+        """Estimate them over all processes' images, unless there was no batch since the last time."""
+        if not self._batches or self._is_precise:
             return
         tiler = module.model.tiler
         images = [tiler.tile(batch) if tiler else batch for batch in self._batches]
@@ -85,4 +86,4 @@ class PreciseBatchNorm(FitResource):
             update_bn(images, student)
             for statistic in filter(torch.is_floating_point, student.buffers()):
                 statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))
-        self._step = trainer.global_step
+        self._is_precise = True

@@ -125,9 +125,10 @@ def test_no_more_images_than_it_takes(make_model, fit, monkeypatch):
     torch.testing.assert_close(first_norm(model).running_mean.double(), mean, **SAME)
 
 
-def test_validation_within_an_epoch_sees_the_students_own(make_model, fit):
+@pytest.mark.parametrize("accumulated", [1, 3])  # batches without a step change running statistics, too
+def test_validation_within_an_epoch_sees_the_students_own(make_model, fit, accumulated):
     model, batches, statistics = make_model(held_out_share=0, lr=0), Batches(), Statistics()
-    fit(model, batches, statistics, epochs=1, val_check_interval=1)
+    fit(model, batches, statistics, epochs=1, val_check_interval=1, accumulate_grad_batches=accumulated)
     expected = [by_hand(model, batches.images[:seen])[0] for seen in (1, 2, 3)]
     torch.testing.assert_close(torch.stack(statistics.in_validation).double(), torch.stack(expected), **SAME)
 
