@@ -8,8 +8,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,12 +26,13 @@ from .fit_resource import FitResource
 Features = dict[str, torch.Tensor]
 CacheLocation = Literal["auto", "memory", "disk"]
 AUTO_SHARE = 4  # "auto" takes a quarter of the free memory at most
-# Limit and usage of a container's memory, and the name of what can be had back: control groups of version 2 and of 1.
-_CONTAINER = Path("/sys/fs/cgroup")
-_CONTAINER_LIMITS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-)
+# Containers, and jobs of SLURM and systemd, are control groups. Of versions 2 and 1: the folder, the files of limit and
+# usage, and the name of what can be had back.
+_GROUPS, _GROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_GROUP_FILES = {
+    "": (".", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 _WANTED = "images that are the same in every epoch"
 
 
@@ -212,18 +214,24 @@ def _free_memory() -> int:
     """Return the memory that is available, in bytes; Linux says."""
     if not Path("/proc/meminfo").exists():
         fail(ValueError, "teacher_cache", "an operating system that says how much memory is free", sys.platform)
-    available = 1024 * _numbers("/proc/meminfo")["MemAvailable"]
-    return int(min(available, *map(_free_in_container, _CONTAINER_LIMITS)))
+    return int(min(1024 * _numbers("/proc/meminfo")["MemAvailable"], *_free_in_groups()))
 
 
-def _free_in_container(files: tuple[str, str, str]) -> float:
-    """Return the memory that a container's limit leaves; pages of files that were not used of late count as free."""
-    limit, usage, inactive = files
-    try:
-        used = int((_CONTAINER / usage).read_text()) - _numbers((_CONTAINER / limit).with_name("memory.stat"))[inactive]
-        return int((_CONTAINER / limit).read_text()) - used
-    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
-        return math.inf
+def _free_in_groups() -> Iterator[float]:
+    """Iterate over the memory that each limit leaves; pages of files that were not used of late count as free.
+
+    A limit may be that of the process's own group or of any above it. Within a container, the own one is at the top.
+    """
+    yield math.inf
+    lines = _GROUPS_OF_PROCESS.read_text().splitlines() if _GROUPS_OF_PROCESS.exists() else []
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers in _GROUP_FILES:
+            folder, limit, usage, inactive = _GROUP_FILES[controllers]
+            own = Path(group.lstrip("/"))
+            for path in (_GROUPS / folder / each for each in (own, *own.parents)):
+                with suppress(OSError, ValueError, KeyError):  # no such group here, or one without a limit ("max")
+                    used = int((path / usage).read_text()) - _numbers(path / "memory.stat")[inactive]
+                    yield int((path / limit).read_text()) - used
 
 
 def _numbers(file: str | Path) -> dict[str, int]:

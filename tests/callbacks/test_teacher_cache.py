@@ -290,18 +290,23 @@ def test_features_that_do_not_fit_are_refused(fit, monkeypatch, location):
             fit(teacher_cache=location)
 
 
-@pytest.mark.parametrize(("limit", "usage", "inactive"), teacher_cache._CONTAINER_LIMITS)
-def test_memory_of_a_container(monkeypatch, tmp_path, limit, usage, inactive):
+@pytest.mark.parametrize("version", teacher_cache._GROUP_FILES)
+@pytest.mark.parametrize("limited", [".", "slurm/job_7", "slurm/job_7/step_0"])
+def test_memory_of_a_container_or_job(monkeypatch, tmp_path, version, limited):
+    """Within a container its group is at the top; that of a job of SLURM or systemd is not, and may have groups."""
     whole = teacher_cache._free_memory()
-    monkeypatch.setattr(teacher_cache, "_CONTAINER", tmp_path)
+    folder, limit, usage, inactive = teacher_cache._GROUP_FILES[version]
+    monkeypatch.setattr(teacher_cache, "_GROUPS", tmp_path)
+    monkeypatch.setattr(teacher_cache, "_GROUPS_OF_PROCESS", tmp_path / "own")
+    (tmp_path / "own").write_text(f"5:cpu,cpuacct:/\n4:{version}:/slurm/job_7/step_0\n1:name=systemd:/a:b\n")
     assert teacher_cache._free_memory() == pytest.approx(whole, rel=0.2)  # no files, no limit
-    folder = (tmp_path / limit).parent
-    folder.mkdir(exist_ok=True)
-    (folder / "memory.stat").write_text(f"cache 7000\n{inactive} 5000\n")
-    (tmp_path / usage).write_text("30000\n")
-    (tmp_path / limit).write_text("max\n")
+    group = tmp_path / folder / limited
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.stat").write_text(f"cache 7000\n{inactive} 5000\n")
+    (group / usage).write_text("30000\n")
+    (group / limit).write_text("max\n")
     assert teacher_cache._free_memory() == pytest.approx(whole, rel=0.2)
-    (tmp_path / limit).write_text("100000\n")
+    (group / limit).write_text("100000\n")
     assert teacher_cache._free_memory() == 100000 - 30000 + 5000
 
 
