@@ -38,6 +38,7 @@ from .callbacks import (
     ScoringDtype,
     StudentSelection,
     TeacherCache,
+    UnchangedStudent,
 )
 from .callbacks.learning_rate import default_rate
 from .callbacks.scoring_dtype import InferencePrecision, asked_precision
@@ -111,7 +112,7 @@ class StfpmExt(ExactExports, AnomalibModule):
     """
 
     learning_type = LearningType.ONE_CLASS
-    trainer_arguments: ClassVar[dict[str, Any]] = {"gradient_clip_val": 0, "num_sanity_val_steps": 0}
+    trainer_arguments: ClassVar[dict[str, Any]] = {"num_sanity_val_steps": 0}
 
     def __init__(
         self,
@@ -182,11 +183,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             self.trainer.should_stop = True
 
     def score(self, batch: Batch) -> STEP_OUTPUT:
-        """Score a batch in the model's own precision.
-
-        Args:
-            batch (Batch): Images ``(B, 3, H, W)``; anomaly maps and raw scores are added to it.
-        """
+        """Add anomaly maps and raw scores to a batch."""
         return batch.update(**self.model(batch.image)._asdict())  # type: ignore[no-any-return]
 
     @override
@@ -214,6 +211,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             DistributedSetup(),
             FiniteLoss(self.student_selection.describe_kept),  # reads losses before the student is measured
             *([PreciseBatchNorm()] if self.precise_bn else []),  # sets its statistics before it is measured
+            UnchangedStudent(),  # looks at the student before the selection keeps it
             self.student_selection,
             LearningRate(),  # depends on how many images are held out
             ScoringDtype(),  # tries a precision on the student that is kept

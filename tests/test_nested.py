@@ -185,9 +185,12 @@ def test_random_augmentations_in_a_nest_are_not_cached(nest, data):
 
 
 def test_labels_of_a_nested_validation(nest):
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(val_data=nest), enable_validation=True)
+    data = SimpleNamespace(val_data=nest, eval_batch_size=2)
+    trainer = SimpleNamespace(datamodule=data, enable_validation=True, limit_val_batches=1.0)
     labels = validation_labels(trainer)
     assert sorted(labels) == sorted(int(item.gt_label) for item in items(nest))
+    trainer.limit_val_batches = 1
+    assert validation_labels(trainer) == labels[:2]
     trainer.datamodule.val_data = ConcatDataset([nest, TensorDataset(torch.zeros(2))])
     assert validation_labels(trainer) is None
     trainer = SimpleNamespace(datamodule=SimpleNamespace(val_data=nest), enable_validation=False)

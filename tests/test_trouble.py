@@ -3,6 +3,7 @@
 """What can go wrong, by the rows of docs/trouble.md: no wrong verdict in silence."""
 
 import errno
+import math
 import shutil
 import warnings
 from functools import partial
@@ -22,7 +23,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from helpers import folder
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, GaussianBlur, Normalize, Resize
@@ -259,6 +260,22 @@ def test_a_threshold_that_can_tell_nothing_is_none(make_model, images, tmp_path,
     assert any("no threshold is set, since the validation has" in message for message in told) != useful
 
 
+@pytest.mark.parametrize("own_loaders", [False, True])
+def test_a_shortened_validation_of_defective_images_sets_no_threshold(make_model, images, tmp_path, told, own_loaders):
+    """Images are sorted by folder, so that the first batches may be all of one kind."""
+    data, model = folder(images, eval_batch_size=2), make_model()
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=1, **QUIET)
+    if own_loaders:
+        data.setup()
+        engine.fit(model, data.train_dataloader(), data.val_dataloader())
+    else:
+        engine.fit(model, datamodule=data)
+        assert any("0 good and 2 defective ones to validate on" in message for message in told)
+    assert model.post_processor.image_threshold.isnan()
+    assert model.post_processor.image_max.isnan()
+    assert any("the validation has no image that is known to be good" in message for message in told)
+
+
 @pytest.mark.parametrize("steps", [{"epochs": 0}, {"max_steps": 0}, {"limit_train_batches": 0}], ids=str)
 def test_a_fit_without_steps_is_told(make_model, fit, told, steps):
     fit(make_model(), **({"epochs": 1} | steps))
@@ -329,6 +346,23 @@ def test_a_model_in_evaluation_mode_is_trained(make_model, fit):
     assert not same(trained_student(model), before)
 
 
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_end"])
+def test_a_callback_that_leaves_evaluation_mode_behind_does_no_harm(make_model, images, tmp_path, hook):
+    """As one that scores an image now and then; Lightning does not train such a model by itself."""
+    expected = make_model()
+    Engine(default_root_dir=tmp_path, max_epochs=2, **QUIET).fit(expected, datamodule=folder(images))
+    callback = Callback()
+    setattr(callback, hook, lambda _, pl_module, *__: pl_module.eval())
+    model = make_model()
+    Engine(callbacks=[callback], default_root_dir=tmp_path, max_epochs=2, **QUIET).fit(model, datamodule=folder(images))
+    assert same(trained_student(model), trained_student(expected))
+
+
+def test_gradients_are_clipped(make_model, fit):
+    """A model's own arguments of the trainer override the user's in anomalib."""
+    assert fit(make_model(), gradient_clip_val=0.5).trainer.gradient_clip_val == 0.5
+
+
 def test_tiles_are_in_the_checkpoint(make_model, images, tmp_path):
     tiles = TilerConfigurationCallback(enable=True, tile_size=32, stride=16)
     model = make_model(image_size=(64, 64))
@@ -376,11 +410,69 @@ def test_a_validation_sees_the_student_of_its_step(make_model, images, tmp_path)
     assert same(trained_student(model), seen[best.step])
 
 
-@pytest.mark.parametrize("callback", [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.1)])
+@pytest.mark.parametrize(
+    "callback",
+    [EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.1), partial(ModelPruning, "l1_unstructured")],
+)
 def test_other_averages_are_refused(make_model, images, tmp_path, callback):
     engine = Engine(callbacks=[callback()], default_root_dir=tmp_path, max_epochs=2, **QUIET)
-    with pytest.raises(ValueError, match="callbacks: wanted none that averages or replaces weights"):
+    with pytest.raises(ValueError, match="callbacks: wanted none that averages, prunes or replaces weights"):
         engine.fit(make_model(), datamodule=folder(images))
+
+
+class OwnAverage(Callback):
+    """An average of weights as people write it: in the network from one hook to another."""
+
+    def __init__(self, put: str, take: str) -> None:
+        self._average: dict[str, torch.Tensor] = {}
+        self._training: dict[str, torch.Tensor] = {}
+        setattr(self, put, self._put)
+        setattr(self, take, self._take)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for name, tensor in pl_module.model.student_model.named_parameters():
+            self._average[name] = (self._average.get(name, tensor) + tensor.detach()) / 2
+
+    @torch.no_grad()
+    def _put(self, trainer, pl_module, *_):
+        for name, tensor in pl_module.model.student_model.named_parameters():
+            self._training[name] = tensor.clone()
+            tensor.copy_(self._average[name])
+
+    @torch.no_grad()
+    def _take(self, trainer, pl_module, *_):
+        for name, tensor in pl_module.model.student_model.named_parameters():
+            tensor.copy_(self._training.get(name, tensor))
+
+
+@pytest.mark.parametrize("share", [0.2, 0])
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        ("on_validation_start", "on_validation_end"),
+        ("on_validation_epoch_start", "on_validation_epoch_end"),
+        ("on_validation_epoch_start", "on_train_epoch_start"),
+        ("on_train_epoch_end", "on_train_epoch_start"),
+        ("on_train_end", "on_train_batch_start"),
+    ],
+    ids=str,
+)
+def test_own_averages_of_weights_are_refused(make_model, images, tmp_path, share, hooks):
+    """Threshold and range would be those of a student that is not the saved one."""
+    model = make_model(held_out_share=share)
+    engine = Engine(callbacks=[OwnAverage(*hooks)], default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    with pytest.raises(ValueError, match=r"callbacks: wanted none that changes the student .* with \['OwnAverage'\]"):
+        engine.fit(model, datamodule=folder(images))
+
+
+def test_averages_that_stay_in_the_network_are_kept(make_model, images, tmp_path):
+    """What a callback does between steps is training."""
+    callback = OwnAverage("on_train_batch_start", "on_fit_start")
+    callback._average = dict(make_model().model.student_model.named_parameters())
+    model = make_model()
+    engine = Engine(callbacks=[callback], default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    assert same(trained_student(load_model(engine.best_model_path)), trained_student(model))
 
 
 def test_compiled_networks_are_refused(make_model, fit):
@@ -665,7 +757,7 @@ def test_few_images_to_train_on(make_model, images, tmp_path, told, count):
         ([0.1, 0.2], [0.4, 0.6], 0.3),
         ([0.1, 0.5], [0.4, 0.6], 0.25),
         ([0.1, 0.2], [], 0.2),  # anomalib's
-        ([], [0.4, 0.6], 0.4),
+        ([], [0.4, 0.6], math.nan),
         ([0.3, 0.3], [0.3], 0.3),
     ],
 )
@@ -677,7 +769,7 @@ def test_no_defective_image_of_the_validation_lies_on_the_threshold(make_model, 
     batch = ImageBatch(torch.rand(len(scores), 3, 4, 4), gt_label=labels, pred_score=scores, anomaly_map=maps)
     post_processor.on_validation_batch_end(None, None, batch)
     post_processor.on_validation_epoch_end(None, None)
-    assert post_processor.image_threshold.item() == pytest.approx(threshold)
+    assert post_processor.state_dict()["_image_threshold"].item() == pytest.approx(threshold, nan_ok=True)
     post_processor.post_process_batch(batch)
     if good and defective and threshold not in good:
         assert batch.pred_label[labels].all()

@@ -12,6 +12,7 @@ from .precise_batch_norm import PreciseBatchNorm
 from .scoring_dtype import ScoringDtype
 from .student_selection import StudentSelection
 from .teacher_cache import TeacherCache
+from .unchanged_student import UnchangedStudent
 
 __all__ = [
     "AllocatorTuning",
@@ -24,4 +25,5 @@ __all__ = [
     "ScoringDtype",
     "StudentSelection",
     "TeacherCache",
+    "UnchangedStudent",
 ]

@@ -14,7 +14,7 @@ from anomalib.pre_processing.utils.spec import transform_to_spec
 from anomalib.utils.path import paths_to_strings
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchvision.transforms.v2 import CenterCrop, Normalize, Resize
@@ -54,7 +54,6 @@ class Checks(Callback):
         """
         model: Any = pl_module
         check_trainer(trainer, model)
-        model.model.train()  # load_model, or a test that was broken off, has left it in evaluation mode
         check_rivals(trainer, model)
         check_arguments(model)
         check_transform(model.pre_processor)
@@ -68,6 +67,13 @@ class Checks(Callback):
         tell_counts(trainer, pl_module)
         check_collation(trainer.train_dataloader)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Train where load_model, a test that was broken off, or a callback has left the model in evaluation mode."""
+        del trainer, batch, batch_idx
+        model: Any = pl_module
+        if not model.model.training:
+            model.model.train()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check teacher and student, unless the fit does."""
         check_collation(trainer.val_dataloaders)
@@ -78,7 +84,7 @@ class Checks(Callback):
         """Take a threshold back that can tell nothing; before the student selection keeps it."""
         if not trainer.sanity_checking:
             model: Any = pl_module
-            take_back_useless(trainer, model)
+            take_back_useless(model)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check teacher, student and images."""
@@ -194,8 +200,8 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
     Precise batch norm and the selection do the work of an average.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            wanted = "none that averages or replaces weights, since the student that is kept would be another"
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging | ModelPruning):
+            wanted = "none that averages, prunes or replaces weights, since the student that is kept would be another"
             fail(ValueError, "callbacks", wanted, type(callback).__qualname__)
     if any(map(is_compiled, model.modules())):
         fail(ValueError, "model", "compile_mode=... of StfpmExt for torch.compile", "a network compiled already")

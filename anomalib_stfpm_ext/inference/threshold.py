@@ -20,12 +20,12 @@ class MiddleThreshold(F1AdaptiveThreshold):
         """Compute the threshold.
 
         Returns:
-            torch.Tensor: It, a scalar. Without good or without defective images it is anomalib's.
+            torch.Tensor: It, a scalar. NaN without good images, of which any threshold says nothing; without defective
+                ones it is anomalib's, their highest score.
         """
         threshold: torch.Tensor = super().compute()
-        scores = dim_zero_cat(self.preds)
+        scores, labels = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        if labels.all():
+            return torch.full_like(threshold, torch.nan)
         below = scores[scores < threshold]
-        labels = dim_zero_cat(self.target)
-        if not len(below) or labels.all() or not labels.any():
-            return threshold
-        return (threshold + below.max()) / 2
+        return (threshold + below.max()) / 2 if len(below) and labels.any() else threshold

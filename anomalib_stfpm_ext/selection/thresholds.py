@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from anomalib.data import AnomalibDataset
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
@@ -39,27 +40,27 @@ def set_verdict(trainer: Trainer, model: "StfpmExt") -> None:
         for index, batch in enumerate(evaluation_batches(trainer, model, batches)):
             processor.on_validation_batch_end(trainer, model, model.score(batch), batch, index)
     processor.on_validation_epoch_end(trainer, model)
-    take_back_useless(trainer, model)
+    take_back_useless(model)
 
 
-def take_back_useless(trainer: Trainer, model: "StfpmExt") -> None:
+def take_back_useless(model: "StfpmExt") -> None:
     """Take threshold and range back, and say why, where they would call all images defective, or none.
 
     anomalib sets them from any validation. A single score gives an empty range. Defective images alone give a threshold
     below all scores.
 
     Args:
-        trainer (Trainer): Trainer after a validation.
         model (StfpmExt): The model that was validated.
     """
-    processor, labels = model.post_processor, validation_labels(trainer)
-    if processor is None or not getattr(processor, "enable_normalization", False) or processor.image_max.isnan():
+    processor = model.post_processor
+    if not isinstance(processor, PostProcessor):
         return
-    no_good = labels is not None and 0 not in labels
-    if no_good or processor.image_max <= processor.image_min:
+    # That of the images alone, which MiddleThreshold leaves open: anomalib would take that of the pixels instead.
+    no_good = processor.enable_thresholding and processor.state_dict()["_image_threshold"].isnan()
+    if no_good or (processor.enable_normalization and processor.image_max <= processor.image_min):
         for statistic in processor.buffers(recurse=False):
             statistic.fill_(math.nan)
-        reason = "no good image" if no_good else "a single score"
+        reason = "no image that is known to be good" if no_good else "a single score"
         rank_zero_warn(
             f"post_processor: no threshold is set, since the validation has {reason}: by its threshold, all images "
             "would be defective, or none. Validate with several good images, and some defective ones."
@@ -73,10 +74,15 @@ def validation_labels(trainer: Trainer) -> list[int] | None:
         trainer (Trainer): The trainer.
 
     Returns:
-        list[int] | None: 0 is good, 1 is defective; ``None`` where they are not known, or nothing is validated.
+        list[int] | None: 0 is good, 1 is defective, of those that ``limit_val_batches`` leaves; ``None`` where they
+            are not known, or nothing is validated.
     """
     data: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
     found = list(leaves(data))
     if not trainer.enable_validation or not all(isinstance(leaf.dataset, AnomalibDataset) for leaf in found):
         return None
-    return [label for leaf in found for label in leaf.dataset.samples.label_index.iloc[leaf.indices]]
+    labels = [label for leaf in found for label in leaf.dataset.samples.label_index.iloc[leaf.indices]]
+    size = getattr(trainer.datamodule, "eval_batch_size", len(labels) or 1)  # type: ignore[attr-defined]
+    limit = trainer.limit_val_batches
+    batches = limit if isinstance(limit, int) else int(limit * math.ceil(len(labels) / size))
+    return labels[: batches * size]
