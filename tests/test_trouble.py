@@ -25,7 +25,9 @@ from helpers import folder
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.prune import identity
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import CenterCrop, Compose, GaussianBlur, Normalize, Resize
 
 from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
@@ -482,6 +484,14 @@ def test_compiled_networks_are_refused(make_model, fit):
         fit(model)
 
 
+@pytest.mark.parametrize("change", [weight_norm, spectral_norm, partial(identity, name="weight")])
+def test_pruned_or_parametrised_networks_are_refused(make_model, fit, change):
+    model = make_model()
+    change(model.model.student_model.feature_extractor.conv1)
+    with pytest.raises(ValueError, match=r"model: wanted .* neither pruned nor parametrised.*conv1"):
+        fit(model)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"fast_dev_run": True}, {"overfit_batches": 1}, {"limit_train_batches": 1}, {"limit_val_batches": 1}],
@@ -672,6 +682,33 @@ def test_loaders_that_stretch_images_are_told(make_model, images, tmp_path, told
         engine = Engine(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=0, **QUIET)
         engine.fit(make_model(), train_dataloaders=loader)
         assert any(message.startswith("DataLoader: images of a batch") for message in told) == stretched
+
+
+class OtherRange(Dataset):
+    """Images as a data set of one's own may give them: 0 to 255, or normalised."""
+
+    def __init__(self, source, change) -> None:
+        self._source, self._change = source, change
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index):
+        item = self._source[index]
+        item.image = self._change(item.image)
+        return item
+
+
+@pytest.mark.parametrize("change", [lambda image: 255 * image, IMAGENET], ids=["0 to 255", "normalised"])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_images_of_another_range_are_refused(make_model, images, tmp_path, change, stage):
+    """A model that is trained on them would find all images defective that come from files."""
+    data = folder(images)
+    data.setup()
+    loader = DataLoader(OtherRange(data.test_data, change), batch_size=4, collate_fn=data.test_data.collate_fn)
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET)
+    with pytest.raises(ValueError, match=r"data: wanted images of 0 to 1 from data sets, .* got values from"):
+        getattr(engine, stage)(make_model(), loader)
 
 
 @pytest.mark.parametrize("junk", ["bad/._0.png", "good_test/.ipynb_checkpoints/0.png"])

@@ -68,11 +68,23 @@ class Checks(Callback):
         check_collation(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Train where load_model, a test that was broken off, or a callback has left the model in evaluation mode."""
-        del trainer, batch, batch_idx
+        """Check the images, and train where a test that was broken off, or a callback, has left evaluation mode."""
+        del trainer
         model: Any = pl_module
         if not model.model.training:
             model.model.train()
+        if batch_idx == 0:
+            check_range(model, batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Check the images."""
+        del trainer, dataloader_idx
+        if batch_idx == 0:
+            check_range(pl_module, batch)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check teacher and student, unless the fit does."""
@@ -205,6 +217,10 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
             fail(ValueError, "callbacks", wanted, type(callback).__qualname__)
     if any(map(is_compiled, model.modules())):
         fail(ValueError, "model", "compile_mode=... of StfpmExt for torch.compile", "a network compiled already")
+    networks = model.model.teacher_model, model.model.student_model
+    if others := networks[0].state_dict().keys() ^ networks[1].state_dict().keys():
+        wanted = "teacher and student as they were made, neither pruned nor parametrised, since checkpoints fit those"
+        fail(ValueError, "model", wanted, f"{sorted(others)[:2]} and the like")
 
 
 def check_arguments(model: Any) -> None:
@@ -246,15 +262,40 @@ def check_normalisation(model: Any) -> None:
     """Warn where images are not normalised as the teacher was trained."""
     if not isinstance(model.pre_processor, PreProcessor):
         return
-    config = pretrained_config(model.model.teacher_model.backbone)
-    found = [part for part in parts(model.pre_processor.transform) if isinstance(part, Normalize)]
-    got = (tuple(found[-1].mean), tuple(found[-1].std)) if found else None
-    if got != (tuple(config.mean), tuple(config.std)):
+    wanted, got = _of_teacher(model), _of_images(model)
+    if got != wanted:
         rank_zero_warn(
-            f"pre_processor: the teacher was trained on images with mean {config.mean} and standard deviation "
-            f"{config.std}, and these get {'no normalisation' if got is None else got}. "
+            f"pre_processor: the teacher was trained on images with mean {wanted[0]} and standard deviation "
+            f"{wanted[1]}, and these get {got or 'no normalisation'}. "
             "image_size=(height, width) changes the size alone."
         )
+
+
+def check_range(model: Any, batch: Any) -> None:
+    """Raise where images were 0 to 255, or normalised already, before the pre-processor has normalised them.
+
+    Predictors, exports and commands give the model images of 0 to 1, and would find defects in all or in none. The
+    bounds leave room for augmentations.
+    """
+    if not isinstance(model.pre_processor, PreProcessor) or _of_images(model) != _of_teacher(model):
+        return
+    mean, std = (batch.image.new_tensor(each)[:, None, None] for each in _of_teacher(model))
+    low, high = (batch.image * std + mean).aminmax()
+    if low < -1 or high > 2:
+        wanted = "images of 0 to 1 from data sets, since the pre-processor normalises them"
+        fail(ValueError, "data", wanted, f"values from {low:.3g} to {high:.3g}")
+
+
+def _of_teacher(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation by which the teacher's images were normalised."""
+    config = pretrained_config(model.model.teacher_model.backbone)
+    return tuple(config.mean), tuple(config.std)
+
+
+def _of_images(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and standard deviation by which a pre-processor normalises last, if it does."""
+    found = [part for part in parts(model.pre_processor.transform) if isinstance(part, Normalize)]
+    return (tuple(found[-1].mean), tuple(found[-1].std)) if found else None
 
 
 def check_crop(model: Any) -> None:
