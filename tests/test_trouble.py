@@ -484,6 +484,26 @@ def test_compiled_networks_are_refused(make_model, fit):
         fit(model)
 
 
+def test_a_frozen_student_is_refused(make_model, fit):
+    model = make_model()
+    model.freeze()  # as for inference
+    with pytest.raises(ValueError, match=r"model: wanted a student to train \(model.unfreeze\(\)\)"):
+        fit(model)
+    model.unfreeze()
+    fit(model)
+
+
+def test_data_without_a_validation(make_model, images, tmp_path):
+    data = folder(images, val_split_mode="none")
+    with pytest.raises(ValueError, match=r"val_split_mode: wanted images .*limit_val_batches=0"):
+        Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(make_model(), datamodule=data)
+    with pytest.raises(ValueError, match="val_split_mode: wanted images"):
+        Engine(default_root_dir=tmp_path, **QUIET).validate(make_model(), datamodule=data)
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, limit_val_batches=0, **QUIET)
+    engine.fit(make_model(), datamodule=data)
+    assert Predictor(engine.best_model_path, "cpu").threshold is None
+
+
 @pytest.mark.parametrize("change", [weight_norm, spectral_norm, partial(identity, name="weight")])
 def test_pruned_or_parametrised_networks_are_refused(make_model, fit, change):
     model = make_model()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
+from anomalib.data.utils import ValSplitMode
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.spec import transform_to_spec
 from anomalib.utils.path import paths_to_strings
@@ -37,10 +38,16 @@ class Checks(Callback):
         """Check the files of a data module, which may be read much later.
 
         Raises:
-            ValueError: If there are hidden files or folders among the images, or one is broken.
+            ValueError: If there are hidden files or folders among the images, one is broken, or there are none for a
+                validation.
         """
-        del pl_module, stage
+        del pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
+        validates = stage == TrainerFn.VALIDATING or (stage == TrainerFn.FITTING and trainer.limit_val_batches > 0)
+        splits_none = getattr(datamodule, "val_split_mode", None) == ValSplitMode.NONE
+        if validates and splits_none and not hasattr(datamodule, "val_data"):
+            wanted = "images to validate on (or limit_val_batches=0 to train without a threshold)"
+            fail(ValueError, "val_split_mode", wanted, "none")
         for subset in ("train_data", "val_data", "test_data"):
             check_files(getattr(datamodule, subset, None))
 
@@ -207,7 +214,7 @@ def check_trainer(trainer: Trainer, model: Any) -> None:
 
 
 def check_rivals(trainer: Trainer, model: Any) -> None:
-    """Raise where something else changes the weights or their names, and the student that is kept would be wrong.
+    """Raise where something else changes the weights or their names, or keeps the student from learning.
 
     Precise batch norm and the selection do the work of an average.
     """
@@ -217,6 +224,8 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
             fail(ValueError, "callbacks", wanted, type(callback).__qualname__)
     if any(map(is_compiled, model.modules())):
         fail(ValueError, "model", "compile_mode=... of StfpmExt for torch.compile", "a network compiled already")
+    if not any(parameter.requires_grad for parameter in model.model.student_model.parameters()):
+        fail(ValueError, "model", "a student to train (model.unfreeze())", "one that is frozen")
     networks = model.model.teacher_model, model.model.student_model
     if others := networks[0].state_dict().keys() ^ networks[1].state_dict().keys():
         wanted = "teacher and student as they were made, neither pruned nor parametrised, since checkpoints fit those"
