@@ -394,6 +394,25 @@ def test_the_student_that_is_kept_has_its_own_threshold(make_model, images, tmp_
         assert not kept.post_processor.image_threshold.isnan()
 
 
+@pytest.mark.parametrize("share", [0.2, 0])
+@pytest.mark.parametrize(("epochs", "every"), [(3, 2), (1, 2), (2, 2), (2, 1)])
+def test_a_student_that_no_checkpoint_holds_is_told(make_model, fit, images, tmp_path, told, share, epochs, every):
+    """Lightning writes checkpoints after validations alone, where not every epoch has one."""
+    message = "ModelCheckpoint: it wrote no checkpoint after the student that is kept"
+    model, path = make_model(held_out_share=share, lr=0.4), tmp_path / "kept.ckpt"
+    engine = fit(model, epochs, check_val_every_n_epoch=every)
+    found = engine.best_model_path
+    is_saved = bool(found) and same(trained_student(load_model(found)), trained_student(model))
+    assert is_saved != any(message in line for line in told)
+    assert is_saved == (epochs % every == 0) or share
+    engine.trainer.save_checkpoint(path)
+    assert same(trained_student(load_model(path)), trained_student(model))
+    told.clear()
+    resumed = Engine(default_root_dir=tmp_path, max_epochs=epochs, **QUIET)
+    resumed.fit(make_model(held_out_share=share, lr=0.4), datamodule=folder(images), ckpt_path=path)
+    assert not any(message in line for line in told)  # there was nothing left to train
+
+
 def test_a_validation_sees_the_student_of_its_step(make_model, images, tmp_path):
     seen = {}
 

@@ -72,6 +72,7 @@ class StudentSelection(Callback):
         self._is_validating = False  # while the post-processor gathers the scores of a validation
         self._step = 0
         self._validated_step: int | None = None  # of the last student that is kept and was validated
+        self._saved_step: int | None = None  # of the last student that a checkpoint holds
 
     def __getstate__(self) -> dict[str, Any]:
         # An export is a pickle of the model: other students and images have no place in it.
@@ -107,7 +108,7 @@ class StudentSelection(Callback):
             fit (dict[str, Any] | None): What :meth:`state` returned; ``None`` of a fit that held nothing out.
             step (int): Its training steps.
         """
-        self._before, self._resumed = None, fit
+        self._before, self._resumed, self._saved_step = None, fit, step
         if fit and self.share and "selection" not in fit and self.selection != "held_out_map":
             self.selection = "held_out_map"
             rank_zero_info("selection: the checkpoint is of a version that knew held_out_map alone, which goes on.")
@@ -166,6 +167,7 @@ class StudentSelection(Callback):
         self.judge = Judge(loader, number, self.selection == "synthetic", precision)
         self.students = Students(model, self._before, resumed)
         if resumed:
+            self._saved_step = self.best and self.best.step
             torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,8 +227,13 @@ class StudentSelection(Callback):
             rank_zero_info(f"Inference: {self._choice.reason}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the kept student also where there was nothing left to train, and say so where nothing was trained."""
-        del trainer
+        """Leave the kept student also where there was nothing left to train; tell what was not trained or not saved."""
+        step = self.best.step if self.best else trainer.global_step
+        if trainer.checkpoint_callbacks and self._saved_step != step and not self._before:
+            rank_zero_warn(
+                "ModelCheckpoint: it wrote no checkpoint after the student that is kept (see check_val_every_n_epoch, "
+                "every_n_epochs, monitor), which is in the model alone. trainer.save_checkpoint(path) saves it."
+            )
         if self._before:
             rank_zero_warn(
                 "fit: no step was made (see max_epochs, max_steps, max_time, limit_train_batches), so the student is "
@@ -249,6 +256,7 @@ class StudentSelection(Callback):
         Returns:
             dict[str, torch.Tensor]: Tensors to save instead of those in the network, by their names in the state dict.
         """
+        self._saved_step = self.best.step if self.best else model.global_step
         if self.judge is None or self.students is None or self.best is None:
             return {}
         if self._validated_step != self.best.step and not self._is_validating:
