@@ -413,6 +413,31 @@ def test_a_student_that_no_checkpoint_holds_is_told(make_model, fit, images, tmp
     assert not any(message in line for line in told)  # there was nothing left to train
 
 
+@pytest.mark.parametrize("share", [0.2, 0])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+def test_checkpoints_of_own_callbacks_have_no_threshold_of_another_student(make_model, images, tmp_path, share, hook):
+    """Such callbacks come before those of the model: after a step, and after a validation."""
+    model, callback, paths = make_model(held_out_share=share, lr=0.4), Callback(), []
+
+    def save(trainer, *_):
+        paths.append(tmp_path / f"{len(paths)}.ckpt")
+        trainer.save_checkpoint(paths[-1])
+
+    setattr(callback, hook, save)
+    engine = Engine(callbacks=[callback], default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    engine.fit(model, datamodule=folder(images))
+    thresholds = []
+    for path in paths:
+        loaded = load_model(path)
+        thresholds.append(loaded.post_processor.image_threshold.item())
+        Engine(default_root_dir=tmp_path, **QUIET).validate(loaded, datamodule=folder(images))
+        own = loaded.post_processor.image_threshold.item()
+        assert math.isnan(thresholds[-1]) or thresholds[-1] == pytest.approx(own)
+    if hook == "on_validation_end":
+        assert len(thresholds) == 2
+        assert not any(map(math.isnan, thresholds))
+
+
 def test_a_validation_sees_the_student_of_its_step(make_model, images, tmp_path):
     seen = {}
 
@@ -866,3 +891,30 @@ def test_overlays_of_a_crop_show_what_the_model_sees(make_model, tmp_path, monke
     assert batch.image.shape[-2:] == batch.anomaly_map.shape[-2:] == (32, 32)
     assert batch.image[0, :, 5:11, 9:23].min() > 0.9
     assert batch.image[0, :, 14:].max() < 0.1
+
+
+def test_a_forked_worker_with_one_thread_scores(make_model, tmp_path, python):
+    """With more threads torch itself hangs there, where its parent has used them."""
+    save_checkpoint(make_model(), tmp_path / "model.ckpt")
+    python(
+        f"""
+import os, sys, time
+import torch
+from anomalib_stfpm_ext import Predictor
+torch.set_num_threads(2)
+predict, image = Predictor({str(tmp_path / "model.ckpt")!r}, "cpu"), torch.rand(3, 200, 200)
+expected = predict(image).pred_score.item()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(abs(predict(image).pred_score.item() - expected) > 1e-6)
+for _ in range(300):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done: break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    sys.exit("the child hangs")
+assert status == 0
+"""
+    )

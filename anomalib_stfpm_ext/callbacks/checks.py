@@ -99,8 +99,8 @@ class Checks(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             check_networks(pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take a threshold back that can tell nothing; before the student selection keeps it."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back a threshold that can tell nothing, when the post-processor has set it and before it is kept."""
         if not trainer.sanity_checking:
             model: Any = pl_module
             take_back_useless(model)

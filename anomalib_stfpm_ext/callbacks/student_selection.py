@@ -70,7 +70,6 @@ class StudentSelection(Callback):
         self._choice: Choice | None = None  # of precision, for the student that is kept
         self.is_fitting = False  # which a finder of Lightning's, that makes steps before, is not
         self._is_validating = False  # while the post-processor gathers the scores of a validation
-        self._step = 0
         self._validated_step: int | None = None  # of the last student that is kept and was validated
         self._saved_step: int | None = None  # of the last student that a checkpoint holds
 
@@ -170,20 +169,13 @@ class StudentSelection(Callback):
             self._saved_step = self.best and self.best.step
             torch.set_rng_state(resumed["random_state"])  # so that the images come in the order of an unbroken run
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the steps of a fit that is resumed, which Lightning restores only now."""
-        del pl_module
-        self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take exponents, threshold and range back where a step was made: they were another student's."""
-        del outputs, batch, batch_idx
-        if trainer.global_step > self._step:
-            forget_verdict(pl_module)  # type: ignore[arg-type]
-            self._before = None
-        self._step = trainer.global_step
+        """Take exponents, threshold and range back before a step: a callback may save the student that it makes."""
+        del trainer, optimizer
+        forget_verdict(pl_module)  # type: ignore[arg-type]
+        self._before = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the student before it is validated."""
@@ -191,8 +183,8 @@ class StudentSelection(Callback):
             self._measure(trainer, pl_module)
             self._is_validating = True
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep threshold and range with the student, if it is the one that is kept."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep threshold and range with the student, if it is the one that is kept; callbacks may save it soon."""
         del pl_module
         self._is_validating = False
         if trainer.state.fn == TrainerFn.FITTING and self.best and self.best.step == trainer.global_step:

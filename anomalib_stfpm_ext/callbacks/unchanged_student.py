@@ -52,10 +52,12 @@ class UnchangedStudent(Callback):
         if batch_idx == 0 and self._seen:
             self._look(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the student that gets threshold and range."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the student that gets threshold and range, and that checkpoints hold."""
         if self._seen:
             self._look(trainer, pl_module)
+
+    on_validation_end = on_validation_epoch_end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the student that checkpoints will hold."""
