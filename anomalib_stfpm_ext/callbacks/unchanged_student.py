@@ -2,11 +2,13 @@
 
 """A guard against callbacks that change the student between its measurement, its validation and its checkpoint."""
 
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
 from ..errors import fail
 from .distributed import share_statistics
@@ -71,11 +73,12 @@ class UnchangedStudent(Callback):
 
     def _look(self, trainer: Trainer, module: Any) -> None:
         """Remember the student, or raise if it is another than the one that was remembered."""
-        student: dict[str, torch.Tensor] = module.model.student_model.state_dict()
+        student: nn.Module = module.model.student_model
+        tensors = dict(chain(student.named_parameters(), student.named_buffers()))
         if self._seen is None:
-            share_statistics(trainer, module.model.student_model)  # as the selection does
-            self._seen = {name: tensor.clone() for name, tensor in student.items()}
-        elif not all(torch.equal(tensor, self._seen[name]) for name, tensor in student.items()):
+            share_statistics(trainer, student)  # as the selection does
+            self._seen = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        elif not all(torch.equal(tensor, self._seen[name]) for name, tensor in tensors.items()):
             own = [type(each) for each in trainer.callbacks]  # type: ignore[attr-defined]
             names = [each.__qualname__ for each in own if each.__module__.partition(".")[0] not in _KNOWN]
             wanted = "none that changes the student between its last step, its validation and its checkpoint"
