@@ -80,6 +80,17 @@ def resnet18_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of test_resnet, timm's smallest ResNet, for tests in which any network will do; the values are random."""
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "test_resnet.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a data set for anomalib's Folder: noise, with a red patch in the bad images."""
     root = tmp_path_factory.mktemp("images")

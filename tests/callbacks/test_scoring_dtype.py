@@ -46,10 +46,10 @@ def told(monkeypatch):
 
 
 @pytest.fixture
-def make_model(resnet18_weights):
+def make_model(small_weights):
     def make(**arguments) -> StfpmExt:
-        settings = {"teacher_weights": resnet18_weights, "lr": 0.05, "seed": 0, "image_size": (48, 64)}
-        return StfpmExt("resnet18", ["layer1", "layer2"], **(settings | {"visualizer": False} | arguments))
+        settings = {"teacher_weights": small_weights, "lr": 0.05, "seed": 0, "image_size": (48, 64)}
+        return StfpmExt("test_resnet", ["layer1", "layer2"], **(settings | {"visualizer": False} | arguments))
 
     return make
 
