@@ -207,12 +207,32 @@ def test_synthetic_anomalies_of_deep_images_are_refused(both, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_training_names_a_broken_file(num_workers, images, tmp_path):
     shutil.copytree(images, tmp_path / "data")
-    broken = tmp_path / "data" / "good" / "3.png"
-    content = broken.read_bytes()
-    broken.write_bytes(content[:900] + content[-20:])  # it ends as it should, so that only reading tells
+    broken = tmp_path / "data" / "good" / "3.bmp"
+    Image.open(broken.with_suffix(".png")).save(broken)
+    broken.with_suffix(".png").unlink()
+    broken.write_bytes(broken.read_bytes()[:-900])  # only reading tells
     data = folder(tmp_path / "data", num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"data: wanted an image that can be read, got .*good/3.png: \w+Error: "):
+    with pytest.raises(ValueError, match=r"data: wanted an image that can be read, got .*good/3.bmp: \w+Error: "):
         make_engine(tmp_path).fit(make_model(), datamodule=data)
+
+
+@pytest.mark.parametrize("case", ["half", "pages"])
+def test_data_sets_refuse_files_that_do_not_hold_one_whole_picture(case, images, tmp_path):
+    shutil.copytree(images, tmp_path / "data")
+    picture, path = Image.open(images / "bad" / "0.png"), tmp_path / "data" / "bad" / "0.tif"
+    if case == "half":
+        picture.save(path, "JPEG", quality=95)
+        path.write_bytes(path.read_bytes()[:-900] + bytes(900))
+    else:
+        picture.save(path, save_all=True, append_images=[picture])
+    data = folder(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"data: wanted images that can be read, got .*bad/0\.tif: ValueError: wanted"):
+        make_engine(tmp_path).test(make_model(), datamodule=data)
+    data.setup()
+    for dataset in (data.test_data, PredictDataset(tmp_path / "data" / "bad")):
+        loader = DataLoader(dataset, collate_fn=dataset.collate_fn)
+        with pytest.raises(ValueError, match=r"data: wanted an image that can be read, got .*bad/0\.tif: ValueError"):
+            Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path).predict(make_model(), loader)
 
 
 def test_other_models_of_the_same_trainer_read_as_anomalib_does(images, tmp_path):

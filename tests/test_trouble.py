@@ -613,13 +613,23 @@ def test_one_image_of_features_of_one_position(make_model, images, tmp_path, tol
     assert not same(before, trained_student(model))
 
 
-@pytest.mark.parametrize("kind", ["truncated.png", "truncated.jpg", "empty.png", "text.jpg"])
+@pytest.mark.parametrize("kind", ["truncated.png", "truncated.jpg", "zeros.jpg", "pages.tif", "empty.png", "text.jpg"])
 def test_broken_files_are_named_before_anything_is_trained(make_model, images, tmp_path, kind, monkeypatch):
     shutil.copytree(images, tmp_path / "images")
     path = tmp_path / "images" / "bad" / kind
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    picture.save(path, **({"save_all": True, "append_images": [picture]} if kind == "pages.tif" else {}))
     content = path.read_bytes()
-    path.write_bytes({"t": content[: len(content) // 2], "e": b""}[kind[0]] if kind != "text.jpg" else b"no image")
+    half = content[: len(content) // 2]
+    path.write_bytes(
+        {
+            "truncated": half,
+            "zeros": half + bytes(len(content) - len(half)),
+            "pages": content,
+            "empty": b"",
+            "text": b"no image",
+        }[path.stem]
+    )
     monkeypatch.setattr(StfpmExt, "training_step", lambda *_: pytest.fail("it trains"))
     with pytest.raises(ValueError, match=f"data: wanted images that can be read, got .*{kind}"):
         Engine(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(

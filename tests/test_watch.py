@@ -193,6 +193,43 @@ def test_file_that_is_being_written_is_waited_for(checkpoint, folder, capsys, mo
     assert capsys.readouterr().err == ""
 
 
+def test_file_of_full_size_is_waited_for_until_it_is_whole(checkpoint, folder, capsys, monkeypatch):
+    """Its size is there at once, and its content comes in parts, with pauses of several looks."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)).save(folder / "a.jpg", quality=95)
+    whole = (folder / "a.jpg").read_bytes()
+    pauses = iter([0.2, 0, 0, 0.6, 0, 0, 1])
+
+    def write(_: float) -> None:
+        if share := next(pauses, 0):
+            part = whole[: int(len(whole) * share)]
+            (folder / "a.jpg").write_bytes(part + bytes(len(whole) - len(part)))
+
+    write(0)
+    monkeypatch.setattr("anomalib_stfpm_ext.watch.service.time.sleep", write)
+    watch(checkpoint, folder, "--once", "--patience", 60)
+    assert next(pauses, None) is None
+    row = rows(folder)["a.jpg"]
+    shutil.copyfile(folder / "a.jpg", folder / "copy.jpg")
+    watch(checkpoint, folder, "--once")
+    assert (row["error"], row["score"]) == ("", rows(folder)["copy.jpg"]["score"])
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_never_hold_one_whole_picture_have_an_error_in_their_row(checkpoint, folder, capsys):
+    picture = Image.open(folder / "bad" / "0.png")
+    picture.save(folder / "half.jpg", quality=95)
+    content = (folder / "half.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(content[: len(content) * 3 // 5] + bytes(len(content) * 2 // 5))
+    picture.save(folder / "pages.tif", save_all=True, append_images=[picture, picture])
+    watch(checkpoint, folder, "--once", "--patience", 0.2)
+    found, told = rows(folder), capsys.readouterr().err
+    assert "wanted the whole picture, got a file without its end" in found["half.jpg"]["error"]
+    assert "wanted one picture, got 3 (pages or frames)" in found["pages.tif"]["error"]
+    for name in ("half.jpg", "pages.tif"):
+        assert (found[name]["score"], found[name]["verdict"]) == ("", "")
+        assert told.count(f"{name}: image: wanted") == 1
+
+
 def test_file_that_changes_while_it_is_read_is_read_again(checkpoint, folder, monkeypatch):
     victim, other = folder / "bad" / "0.png", folder / "bad" / "1.png"
 

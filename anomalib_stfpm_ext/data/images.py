@@ -8,8 +8,8 @@ floats black.
 
 import copy
 import logging
-import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from torchvision import tv_tensors
 
 from ..errors import fail
 from .nested import leaves, replace_leaves
+from .whole import check_picture
 
 logger = logging.getLogger(__name__)
 
 OVERSHOOT = 0.01  # of resampling at an edge; images of 0 to 255, or normalised ones, are far beyond
 _WANTED = "gray or colour of up to 16 bits, or gray of floats from 0 to 1"
 _TAGS = ExifTags.Base  # TIFF's own
-_ENDS, _TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64  # what files end with, about
 _SEPARATE, _WHITE_IS_ZERO, _UNCOMPRESSED = 2, 0, 1  # values of TIFF's tags
 
 
@@ -51,19 +51,17 @@ def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
         torch.Tensor: The image ``(3, H, W)``, float32 of 0 to 1.
 
     Raises:
-        ValueError: If the file is broken, or has values that cannot be scaled, such as floats outside 0 to 1.
+        ValueError: If the file is broken, is not whole, has several pictures, or has values that cannot be scaled, such
+            as floats outside 0 to 1.
     """
     image: torch.Tensor
-    try:
-        with Image.open(path) as picture:
-            white = _white(picture)
-            pixels = np.asarray(picture if white else ())
-            inverted = _tag(picture, _TAGS.PhotometricInterpretation) == _WHITE_IS_ZERO
+    with _opened(path, argument) as picture:
+        white = _white(picture)
         if white is None:
             image = read_8_bits(path, as_tensor=True)
             return image
-    except Exception as error:  # decoders raise all sorts of them
-        fail(ValueError, argument, "an image that can be read", f"{path}: {type(error).__name__}: {error}")
+        pixels = np.asarray(picture)
+        inverted = _tag(picture, _TAGS.PhotometricInterpretation) == _WHITE_IS_ZERO
     values = pixels.astype(np.float64)
     # From 0 to 255 on as torchvision does it, so that a picture gives the same bits in 8 bits.
     gray = torch.from_numpy((white - values if inverted else values) * 255 / white).float() * (1 / 255)
@@ -73,6 +71,17 @@ def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
         _tell_scale(white)
     image = tv_tensors.Image(gray[..., None].repeat(1, 1, 3).permute(2, 0, 1))  # in anomalib's memory format
     return image
+
+
+@contextmanager
+def _opened(path: str | Path, argument: str, wanted: str = "an image that can be read") -> Iterator[Image.Image]:
+    """Open a file that holds one whole picture; errors name it."""
+    try:
+        with Image.open(path) as picture:
+            check_picture(picture, path)
+            yield picture
+    except Exception as error:  # decoders raise all sorts of them
+        fail(ValueError, argument, wanted, f"{path}: {type(error).__name__}: {error}")
 
 
 def in_range(image: torch.Tensor) -> bool:
@@ -183,6 +192,8 @@ class _LabelledImages(AnomalibDataset):
 
     def __getitem__(self, index: int) -> ImageItem:
         sample = self.samples.iloc[index]
+        with _opened(sample.image_path, "data") as picture:
+            deep = _white(picture) is not None
         plain = copy.copy(self)
         plain.augmentations = None
         try:
@@ -190,7 +201,7 @@ class _LabelledImages(AnomalibDataset):
         except Exception as error:  # decoders raise all sorts of them
             read_image(sample.image_path, "data")  # raises, unless it is the mask that is broken
             fail(ValueError, "data", "a mask that can be read", f"{sample.mask_path}: {type(error).__name__}: {error}")
-        if is_deep(sample.image_path):
+        if deep:
             item.image = read_image(sample.image_path, "data")
         if self.augmentations and item.gt_mask is None:
             item.image = self.augmentations(item.image)
@@ -228,23 +239,16 @@ def image_paths(dataset: Any) -> Iterator[str | Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raise where a file is no image, or has lost its end: without decoding, as all images of a data set are looked at.
+    """Raise where a file does not hold one whole image: without decoding, as all images of a data set are looked at.
 
     Args:
         path (Path): The file.
 
     Raises:
-        ValueError: If the file cannot be read as an image, is empty, or is a PNG or JPEG without an end.
+        ValueError: If the file cannot be read as an image, is empty, is not whole, or has several pictures.
     """
-    try:
-        with Image.open(path) as picture, path.open("rb") as file:
-            end = _ENDS.get(picture.format or "")
-            file.seek(-min(_TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
-            is_whole = end is None or end in file.read()
-        if not is_whole:
-            read_8_bits(path)  # what a camera has appended may hide the end
-    except Exception as error:  # decoders raise all sorts of them
-        fail(ValueError, "data", "images that can be read", f"{path}: {type(error).__name__}: {error}")
+    with _opened(path, "data", "images that can be read"):
+        pass
 
 
 def is_deep(path: str | Path) -> bool:
