@@ -162,7 +162,7 @@ def test_level_command(checkpoint, images, tmp_path):
     assert wide == {"bad/0.png", "bad/1.png"}
 
 
-def test_commands_take_deep_images_and_pass_over_hidden_ones(checkpoint, images, tmp_path):
+def test_commands_take_deep_images_and_pass_over_hidden_ones(checkpoint, images, tmp_path, capsys):
     few = tmp_path / "images"
     (few / ".ipynb_checkpoints").mkdir(parents=True)
     (few / "._0.png").write_bytes(b"resource fork")
@@ -171,8 +171,10 @@ def test_commands_take_deep_images_and_pass_over_hidden_ones(checkpoint, images,
     gray = np.asarray(Image.open(images / "bad" / "0.png").convert("L"))
     Image.fromarray(gray).save(few / "8.png")
     Image.fromarray(gray.astype(np.uint16) * 257).save(few / "16.png")
+    (few / "8.jfif").touch()
     draw("levels", checkpoint=checkpoint, images=few, output=tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["16.png", "8.png"]
+    assert capsys.readouterr().err.count("images: not drawn: 1 file of .jfif (anomalib reads .bmp, ") == 1
     shown = [np.asarray(Image.open(tmp_path / "out" / name)) for name in ("8.png", "16.png")]
     assert np.array_equal(*shown)
     draw("histogram", checkpoint=checkpoint, good=few, defective=few, output=tmp_path / "histogram.png")

@@ -230,6 +230,63 @@ def test_files_that_never_hold_one_whole_picture_have_an_error_in_their_row(chec
         assert told.count(f"{name}: image: wanted") == 1
 
 
+def test_file_that_never_holds_still_is_told_once(checkpoint, folder, capsys, monkeypatch):
+    looks = iter(range(6))
+
+    def write(_: float) -> None:
+        if (look := next(looks, None)) is not None:
+            Image.new("L", (64, 64 + look)).save(folder / "live.bmp")
+
+    write(0)
+    monkeypatch.setattr("anomalib_stfpm_ext.watch.service.time.sleep", write)
+    watch(checkpoint, folder, "--once")
+    assert capsys.readouterr().err == "live.bmp: it keeps changing; it is scored once it holds still\n"
+    assert rows(folder)["live.bmp"]["score"]
+
+
+def test_pictures_that_are_passed_over_are_told_once(checkpoint, folder, capsys, monkeypatch):
+    for name in ("a.jfif", "b.JFIF", "bad/c.tga", "d.dng", "scores.h5", "report.pdf"):
+        (folder / name).touch()
+    looks = iter(["", "e.jp2", "f.jfif", "", ""])
+
+    def arrive(_: float) -> None:
+        name = next(looks, None)
+        if name is None:
+            raise KeyboardInterrupt
+        (folder / (name or "notes.txt")).touch()
+
+    monkeypatch.setattr("anomalib_stfpm_ext.watch.service.time.sleep", arrive)
+    watch(checkpoint, folder)
+    told = capsys.readouterr().err.splitlines()
+    formats = "anomalib reads .bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
+    assert told == [
+        f"not scored: 1 file of .dng, 2 files of .jfif, 1 file of .tga ({formats})",
+        f"not scored: 1 file of .jp2 ({formats})",
+        "stopped",
+    ]
+
+
+def test_folder_without_images(checkpoint, folder, tmp_path, capsys):
+    (tmp_path / "inbox").mkdir()
+    (tmp_path / "inbox" / "notes.txt").touch()
+    watch(checkpoint, tmp_path / "inbox", "--once")  # nothing has arrived, which is no error
+    watch(checkpoint, folder, "--once", "--pattern", "cam2_*")
+    said = capsys.readouterr()
+    assert f"There are no images in {tmp_path / 'inbox'}\n" in said.out
+    assert f"There are no images in {folder} whose names match cam2_*\n" in said.out
+    assert said.err == ""
+    (tmp_path / "inbox" / "0.jfif").touch()
+    with pytest.raises(SystemExit, match=r"ValueError: folder: wanted images, got only files of \.jfif"):
+        watch(checkpoint, tmp_path / "inbox", "--once")
+
+
+def test_only_names_that_match_the_pattern_are_scored(checkpoint, folder, capsys):
+    (folder / "a.jfif").touch()
+    watch(checkpoint, folder, "--once", "--pattern", "[0-2].*")
+    assert set(rows(folder)) == {"bad/0.png", "bad/1.png", "bad/2.png"}
+    assert capsys.readouterr().err == ""
+
+
 def test_file_that_changes_while_it_is_read_is_read_again(checkpoint, folder, monkeypatch):
     victim, other = folder / "bad" / "0.png", folder / "bad" / "1.png"
 

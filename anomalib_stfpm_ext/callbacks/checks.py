@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import CenterCrop, Normalize, Resize
 
 from .._compat.torch import is_compiled
 from ..backbones import pretrained_config
-from ..data.images import check_file, image_paths
+from ..data.images import check_file, image_paths, passed_over
 from ..data.nested import leaves
 from ..data.transforms import parts, shows_all
 from ..errors import fail
@@ -38,18 +38,18 @@ class Checks(Callback):
         """Check the files of a data module, which may be read much later.
 
         Raises:
-            ValueError: If there are hidden files or folders among the images, one is broken, or there are none for a
-                validation.
+            ValueError: If there are hidden files or folders among the images, a file does not hold one whole image, or
+                there are no images to validate on.
         """
         del pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
-        validates = stage == TrainerFn.VALIDATING or (stage == TrainerFn.FITTING and trainer.limit_val_batches > 0)
-        splits_none = getattr(datamodule, "val_split_mode", None) == ValSplitMode.NONE
-        if validates and splits_none and not hasattr(datamodule, "val_data"):
-            wanted = "images to validate on (or limit_val_batches=0 to train without a threshold)"
-            fail(ValueError, "val_split_mode", wanted, "none")
+        check_validation(trainer, stage)
+        folders: set[Path] = set()
         for subset in ("train_data", "val_data", "test_data"):
-            check_files(getattr(datamodule, subset, None))
+            folders |= check_files(getattr(datamodule, subset, None))
+        others = passed_over(path for folder in folders for path in folder.iterdir())
+        if others:
+            rank_zero_warn(f"data: not among the images: {others}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check trainer, images and teacher.
@@ -117,12 +117,29 @@ class Checks(Callback):
         check_threshold(pl_module)
 
 
-def check_files(dataset: Any) -> None:
-    """Raise where anomalib takes for images what systems and tools leave behind, or where a file is broken."""
+def check_validation(trainer: Trainer, stage: str) -> None:
+    """Raise where a data module has no images for a validation that is wanted; anomalib would end in another error."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    validates = stage == TrainerFn.VALIDATING or (stage == TrainerFn.FITTING and trainer.limit_val_batches > 0)
+    splits_none = getattr(datamodule, "val_split_mode", None) == ValSplitMode.NONE
+    if validates and splits_none and not hasattr(datamodule, "val_data"):
+        wanted = "images to validate on (or limit_val_batches=0 to train without a threshold)"
+        fail(ValueError, "val_split_mode", wanted, "none")
+
+
+def check_files(dataset: Any) -> set[Path]:
+    """Raise where anomalib takes for images what systems and tools leave behind, or a file does not hold one image.
+
+    Returns:
+        set[Path]: The folders of the files.
+    """
+    folders = set()
     for path in map(Path, image_paths(dataset)):
         if path.name.startswith(".") or path.parent.name.startswith("."):
             fail(ValueError, "data", "images without hidden files and folders among them", path)
         check_file(path)
+        folders.add(path.parent)
+    return folders
 
 
 def check_teacher(model: Any) -> None:

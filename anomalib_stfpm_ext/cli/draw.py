@@ -11,7 +11,8 @@ from anomalib.data.utils import read_mask
 from rich.progress import track
 from torchvision.tv_tensors import Mask
 
-from ..data.images import find_images, read_image
+from ..console import tell
+from ..data.images import find_images, passed_over, read_image
 from ..data.transforms import seen, shows_all
 from ..errors import fail
 from ..figures import draw_histogram, draw_levels, measure_levels, raw_threshold
@@ -81,7 +82,9 @@ def _read_mask(path: Path) -> Any:
 
 
 def _images(argument: str, folder: Path) -> list[Path]:
-    paths = find_images(folder)
+    paths, others = find_images(folder), passed_over(folder.glob("**/*"))
+    if others:
+        tell(f"{argument}: not drawn: {others}")
     if not paths:
         fail(ValueError, argument, "a folder with images", folder)
     return paths

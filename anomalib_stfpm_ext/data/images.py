@@ -8,7 +8,8 @@ floats black.
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from PIL import ExifTags, Image
 from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import fail
 from .nested import leaves, replace_leaves
@@ -34,6 +36,8 @@ OVERSHOOT = 0.01  # of resampling at an edge; images of 0 to 255, or normalised 
 _WANTED = "gray or colour of up to 16 bits, or gray of floats from 0 to 1"
 _TAGS = ExifTags.Base  # TIFF's own
 _SEPARATE, _WHITE_IS_ZERO, _UNCOMPRESSED = 2, 0, 1  # values of TIFF's tags
+_DATA_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PDF"}  # of Pillow's
+_OTHER_PICTURES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".raw"}  # none of Pillow's
 
 
 def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
@@ -141,6 +145,38 @@ def is_junk(path: Path, root: Path) -> bool:
         bool: Whether it, or a folder between the two, has a name with a dot in front, or it is no file.
     """
     return any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file()
+
+
+def looks_like_picture(path: Path) -> bool:
+    """Tell whether a path is that of a picture, by its name, but none that anomalib takes for an image.
+
+    Args:
+        path (Path): The path.
+
+    Returns:
+        bool: Whether it is, and is neither hidden nor a folder.
+    """
+    return path.suffix.lower() in _other_pictures() and not path.name.startswith(".") and path.is_file()
+
+
+@cache
+def _other_pictures() -> set[str]:
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name not in _DATA_FORMATS}
+    return (known | _OTHER_PICTURES) - {*IMG_EXTENSIONS}
+
+
+def passed_over(paths: Iterable[Path]) -> str:
+    """Say which files look like pictures, but are not taken for images.
+
+    Args:
+        paths (Iterable[Path]): Any paths.
+
+    Returns:
+        str: How many there are by suffix, and what is taken; empty if there are none.
+    """
+    counts = Counter(path.suffix.lower() for path in paths if looks_like_picture(path))
+    files = ", ".join(f"{count} file{'s' * (count > 1)} of {suffix}" for suffix, count in sorted(counts.items()))
+    return files and f"{files} (anomalib reads {', '.join(sorted(IMG_EXTENSIONS))})"
 
 
 def read_right(dataset: Any) -> Any:

@@ -4,12 +4,15 @@
 
 import os
 import stat
+import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from anomalib.data.utils.image import is_image_file
 
 from ..console import tell
+from ..data.images import looks_like_picture, passed_over
 
 
 class Version(NamedTuple):
@@ -46,13 +49,21 @@ class Arrivals:
     Args:
         folder (Path): The folder.
         ignored (Path | None): A folder within that is left alone. Defaults to ``None``.
+        pattern (str): What the names of files have to match. Defaults to ``"*"``.
+        patience (float): Seconds after which a file that never holds still is told. Defaults to ``5.0``.
+
+    Attributes:
+        passed_over (set[str]): Suffixes of files that look like pictures, but are not taken for images.
     """
 
-    def __init__(self, folder: Path, ignored: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, ignored: Path | None = None, pattern: str = "*", patience: float = 5.0) -> None:
+        self._folder, self._pattern, self._patience = folder, pattern, patience
         self._ignored = ignored and ignored.resolve()
         self._seen: dict[Path, Version] = {}
+        self._moving: dict[Path, float] = {}  # since when
+        self._told: set[Path] = set()
         self._unreadable: set[str] = set()
+        self.passed_over: set[str] = set()
 
     def look(self) -> tuple[dict[Path, Version], dict[Path, Version]]:
         """Look into the folder.
@@ -65,15 +76,35 @@ class Arrivals:
             OSError: If the folder cannot be read.
         """
         found: dict[Path, Version] = {}
+        others: list[Path] = []
         for parent, folders, files in os.walk(self._folder, onerror=self._complain):
             folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() != self._ignored]
-            for path in (Path(parent, name) for name in files if name[0] != "."):
+            names = (name for name in files if name[0] != "." and fnmatchcase(name, self._pattern))
+            for path in (Path(parent, name) for name in names):
                 if is_image_file(path) and (version := Version.of(path)):
                     found[path] = version
+                elif looks_like_picture(path):
+                    others.append(path)
         settled = {path: version for path, version in found.items() if self._seen.get(path) == version}
         changing = {path: version for path, version in found.items() if path not in settled}
+        self._tell_others(others)
+        self._tell_moving(changing)
         self._seen = found
         return dict(sorted(settled.items(), key=lambda item: (item[1].modified_ns, item[0]))), changing
+
+    def _tell_others(self, paths: list[Path]) -> None:
+        new = [path for path in paths if path.suffix.lower() not in self.passed_over]
+        if new:
+            tell(f"not scored: {passed_over(new)}")
+        self.passed_over |= {path.suffix.lower() for path in new}
+
+    def _tell_moving(self, changing: dict[Path, Version]) -> None:
+        now = time.monotonic()
+        self._moving = {path: self._moving.get(path, now) for path in changing}
+        for path in changing.keys() & self._seen.keys() - self._told:
+            if now - self._moving[path] >= self._patience:
+                self._told.add(path)
+                tell(f"{path.relative_to(self._folder)}: it keeps changing; it is scored once it holds still")
 
     def _complain(self, error: OSError) -> None:
         if Path(error.filename) == self._folder:

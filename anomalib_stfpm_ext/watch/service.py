@@ -35,6 +35,7 @@ def watch(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     teacher_weights: Path | None = None,
     sensitivity: float | None = None,
+    pattern: str = "*",
 ) -> None:
     """Score images as they arrive in a folder, until Ctrl-C or SIGTERM.
 
@@ -45,14 +46,17 @@ def watch(
         overlays: Folder for overlays as anomalib makes them, called as the images are.
         once: End when all that is in the folder is scored.
         interval: Seconds between two looks. A file that has changed in between is still being written.
-        patience: Seconds for which a file that cannot be read is tried again before it counts as broken.
+        patience: Seconds for which a file that is not whole, or cannot be read, is tried again before it counts as
+            broken.
         device: Where the model runs. Defaults to a GPU if there is one.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
         sensitivity: From 0 to 1, moves the threshold: above 0.5 more images are defective. Defaults to the model's.
+        pattern: Which names of files are taken, such as "cam1_*.png". Those of folders do not matter.
 
     Raises:
         FileNotFoundError: If the folder or the model does not exist.
-        ValueError: If an argument is out of range, or a file is not what it should be.
+        ValueError: If an argument is out of range, a file is not what it should be, or ``once`` finds no image but
+            pictures of formats that are not read.
         OSError: If a row or an overlay cannot be written, as on a full disk.
     """
     if not folder.is_dir():
@@ -63,7 +67,8 @@ def watch(
         fail(ValueError, "interval", "more than 0 seconds", interval)
     if not 0 <= patience < math.inf:
         fail(ValueError, "patience", "at least 0 seconds", patience)
-    predictor, arrivals = Predictor(checkpoint, device, teacher_weights, sensitivity), Arrivals(folder, overlays)
+    predictor = Predictor(checkpoint, device, teacher_weights, sensitivity)
+    arrivals = Arrivals(folder, overlays, pattern, patience)
     lost = False
     with ScoreTable(csv) as table:
         scoring = Scoring(predictor, folder, table, overlays, patience)
@@ -86,9 +91,17 @@ def watch(
             lost = False
             all_scored = scoring.score(settled) and not changing
             if once and all_scored:
-                print(f"All {len(settled)} images have a row in {csv}", flush=True)
+                if arrivals.passed_over and not settled:
+                    fail(ValueError, "folder", "images", f"only files of {', '.join(sorted(arrivals.passed_over))}")
+                print(printable(_summary(len(settled), folder, pattern, csv)), flush=True)
                 return
             time.sleep(pause)
+
+
+def _summary(num_images: int, folder: Path, pattern: str, csv: Path) -> str:
+    if num_images:
+        return f"All {num_images} images have a row in {csv}"
+    return f"There are no images in {folder}" + ("" if pattern == "*" else f" whose names match {pattern}")
 
 
 class Scoring:
