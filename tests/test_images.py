@@ -239,8 +239,11 @@ def test_pictures_that_are_passed_over_are_told(images, tmp_path):
     shutil.copytree(images, tmp_path / "data")
     for name in ("0.jfif", "1.jfif", "2.HEIC", "readme.txt", "._3.jfif", "scores.h5"):
         (tmp_path / "data" / "good" / name).touch()
-    with pytest.warns(UserWarning, match=r"data: .*: 1 file of .heic, 2 files of .jfif \(anomalib reads .bmp, .jpeg, "):
+    told = r"data: .*: 1 file of .heic, 2 files of .jfif \(anomalib reads .bmp, .jpeg, "
+    with pytest.warns(UserWarning, match=told):
         make_engine(tmp_path).validate(make_model(), datamodule=folder(tmp_path / "data"))
+    with pytest.warns(UserWarning, match=told):
+        make_engine(tmp_path).predict(make_model(), dataset=PredictDataset(tmp_path / "data" / "good"))
 
 
 def test_other_models_of_the_same_trainer_read_as_anomalib_does(images, tmp_path):

@@ -34,6 +34,9 @@ PAPER_STEPS = 700  # about: 100 epochs of a category of MVTec AD, of whose image
 class Checks(Callback):
     """Refuses what would end in a wrong verdict, and warns of what may."""
 
+    def __init__(self) -> None:
+        self._folders: set[Path] = set()  # that were looked at for what is passed over
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the files of a data module, which may be read much later.
 
@@ -44,12 +47,9 @@ class Checks(Callback):
         del pl_module
         datamodule: Any = getattr(trainer, "datamodule", None)
         check_validation(trainer, stage)
-        folders: set[Path] = set()
         for subset in ("train_data", "val_data", "test_data"):
-            folders |= check_files(getattr(datamodule, subset, None))
-        others = passed_over(path for folder in folders for path in folder.iterdir())
-        if others:
-            rank_zero_warn(f"data: not among the images: {others}")
+            check_files(getattr(datamodule, subset, None))
+            self._tell_passed_over(getattr(datamodule, subset, None))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check trainer, images and teacher.
@@ -114,7 +114,16 @@ class Checks(Callback):
         """Check teacher, student, images and threshold."""
         check_networks(pl_module)
         check_collation(trainer.predict_dataloaders)
+        for dataset in map(_dataset, _as_list(trainer.predict_dataloaders)):
+            self._tell_passed_over(dataset)
         check_threshold(pl_module)
+
+    def _tell_passed_over(self, dataset: Any) -> None:
+        folders = {Path(path).parent for path in image_paths(dataset)} - self._folders
+        self._folders |= folders
+        others = passed_over(path for folder in folders for path in folder.iterdir())
+        if others:
+            rank_zero_warn(f"data: not among the images: {others}")
 
 
 def check_validation(trainer: Trainer, stage: str) -> None:
@@ -127,19 +136,12 @@ def check_validation(trainer: Trainer, stage: str) -> None:
         fail(ValueError, "val_split_mode", wanted, "none")
 
 
-def check_files(dataset: Any) -> set[Path]:
-    """Raise where anomalib takes for images what systems and tools leave behind, or a file does not hold one image.
-
-    Returns:
-        set[Path]: The folders of the files.
-    """
-    folders = set()
+def check_files(dataset: Any) -> None:
+    """Raise where anomalib takes for images what systems and tools leave behind, or a file does not hold one image."""
     for path in map(Path, image_paths(dataset)):
         if path.name.startswith(".") or path.parent.name.startswith("."):
             fail(ValueError, "data", "images without hidden files and folders among them", path)
         check_file(path)
-        folders.add(path.parent)
-    return folders
 
 
 def check_teacher(model: Any) -> None:
@@ -190,6 +192,10 @@ def tell_counts(trainer: Trainer, model: Any) -> None:
         )
 
 
+def _as_list(loaders: Any) -> list[Any]:
+    return loaders if isinstance(loaders, list) else [loaders]
+
+
 def _dataset(loader: Any) -> Any:
     return getattr(loader, "dataset", ())
 
@@ -203,7 +209,7 @@ def _length(dataset: Any) -> int | str:
 
 def check_collation(loaders: Any) -> None:
     """Warn once of loaders that stretch the images of a batch to the largest, which anomalib's data modules do not."""
-    for loader in loaders if isinstance(loaders, list) else [loaders]:
+    for loader in _as_list(loaders):
         several = getattr(loader, "batch_size", 1) != 1
         if several and any(_keeps_size(leaf.dataset) for leaf in leaves(_dataset(loader))):
             rank_zero_warn(

@@ -3,8 +3,8 @@
 """Whether a file holds one picture, and the whole of it.
 
 Programs that copy may give a file its full size first. Decoders make gray or smooth areas of what is missing, and say
-nothing, so that the rest would be scored. Told apart are JPEG, PNG and compressed TIFF. Where zeros are values like
-others, as in BMP, PNM, uncompressed TIFF and lossy WebP, there is no telling.
+nothing, so that half a picture would be scored. JPEG, PNG and compressed TIFF can tell. BMP, PNM, uncompressed TIFF and
+lossy WebP cannot: zeros are values like others there.
 """
 
 import re
@@ -76,7 +76,7 @@ def _is_no_narrower(picture: Image.Image, frame: int) -> bool:
 
 
 def _png_is_whole(content: bytes) -> bool:
-    """Tell whether all chunks of a PNG that the picture needs are as they were written; Pillow does not look at all."""
+    """Tell whether all chunks of a PNG that the picture needs are as they were written, which Pillow does not check."""
     view, start = memoryview(content), 8
     while start + 12 <= len(content):
         length, kind = unpack_from(">I4s", content, start)
@@ -92,15 +92,16 @@ def _png_is_whole(content: bytes) -> bool:
 
 
 def _tiff_is_whole(picture: Image.Image, path: str | Path) -> bool:
-    """Tell whether all of a TIFF's strips or tiles are in the file, and no compressed one ends with what is empty."""
+    """Tell whether all compressed strips or tiles of a TIFF are in the file, and none ends with what is empty."""
     tags = picture.tag_v2  # type: ignore[attr-defined]
-    may_be_empty = tags.get(_TAGS.Compression, 1) in _FREE_ENDS
+    if tags.get(_TAGS.Compression, 1) in _FREE_ENDS:
+        return True
     num_bytes = Path(path).stat().st_size
     with Path(path).open("rb") as file:
         for starts, sizes in _PLACES:
             for start, size in zip(tags.get(starts, ()), tags.get(sizes, ()), strict=False):
                 file.seek(max(start, start + size - _TAIL))
-                if start + size > num_bytes or (not may_be_empty and file.read(_TAIL) in _EMPTY):
+                if start + size > num_bytes or file.read(_TAIL) in _EMPTY:
                     return False
     return True
 
@@ -135,8 +136,8 @@ def _shortest_codes(segment: bytes) -> dict[int, int]:
     """
     codes, start = {}, 0
     while start < len(segment):
-        counts = segment[start + 1 : start + 17]
-        if segment[start] & 16:  # not of brightness
+        num_codes = sum(segment[start + 1 : start + 17])
+        if segment[start] & 16 and num_codes:  # not of brightness
             codes[segment[start] & 15] = segment[start + 17]
-        start += 17 + sum(counts)
+        start += 17 + num_codes
     return codes
