@@ -6,7 +6,13 @@ Importing the package makes anomalib aware of ``StfpmExt`` and loads nothing els
 first use, so that ``anomaly_map`` on NumPy arrays needs no torch, and an interpreter start costs next to nothing.
 """
 
-import _anomalib_stfpm_ext_autoload  # noqa: F401  # where no .pth file was read, as under PYTHONPATH
+try:
+    import _anomalib_stfpm_ext_autoload  # noqa: F401  # where no .pth file was read, as under PYTHONPATH
+except ModuleNotFoundError:  # the package's folder was copied alone
+    import sys
+    from importlib import import_module
+
+    sys.modules["_anomalib_stfpm_ext_autoload"] = import_module("._anomalib_stfpm_ext_autoload", __name__)
 
 from . import old_names  # noqa: F401
 

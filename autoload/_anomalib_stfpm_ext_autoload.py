@@ -109,6 +109,8 @@ def _warn(error: Exception) -> None:
         sys.stderr.write(f"{message}\n")
 
 
+# In place of an earlier one, where the module is imported anew.
+sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") != StfpmExtFinder.__name__]
 sys.meta_path.insert(0, StfpmExtFinder)
 if _MODELS in sys.modules:
     register()

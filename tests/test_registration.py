@@ -6,11 +6,16 @@ Most of the time that an import of anomalib takes is that of packages which know
 those, then forks: each of its children is the first to import anomalib.
 """
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from textwrap import dedent
 
+import _anomalib_stfpm_ext_autoload
 import pytest
+
+import anomalib_stfpm_ext
 
 KNOWN = """
 import anomalib.models
@@ -112,6 +117,61 @@ if __name__ == "__main__":
         assert "stfpm_ext" in pool.map(child.names, [0])[0]
 """
     )
+
+
+def test_a_copied_package_is_known_where_no_pth_file_is_read(python, tmp_path):
+    package = tmp_path / "copied" / "anomalib_stfpm_ext"
+    shutil.copytree(Path(anomalib_stfpm_ext.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(_anomalib_stfpm_ext_autoload.__file__, package)  # as the installation does
+    path = [str(package.parent), *(folder for folder in sys.path if folder)]
+    python(
+        f"import sys; sys.path[:] = {path}; sys.modules['_anomalib_stfpm_ext_autoload'] = None\n"
+        "import anomalib_stfpm_ext\n"
+        f"assert anomalib_stfpm_ext.__file__.startswith({str(package)!r})" + KNOWN,
+        "-S",
+    )
+
+
+IMPORT_ANEW = """
+import importlib, sys, warnings
+import numpy as np, torch
+import anomalib_stfpm_ext
+from anomalib_stfpm_ext import StfpmExt, StfpmExtLoss
+
+def check(model):
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        scores = model.eval().model(images).pred_score
+        again = anomalib_stfpm_ext.anomaly_map(*model.model.features(images), (64, 64))[1]
+    torch.testing.assert_close(scores.flatten(), again, rtol=1e-4, atol=0)
+    loss = anomalib_stfpm_ext.StfpmExtLoss()(*model.model.train()(images))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.model.student_model.parameters())
+
+def make():
+    return anomalib_stfpm_ext.StfpmExt("test_resnet", ["layer1"], False, image_size=(64, 64), post_processor=False)
+
+old = make()
+check(old)
+names = [name for name in sys.modules if name.startswith(("anomalib_stfpm_ext", "_anomalib_stfpm_ext"))]
+for name in names:
+    if type(sys.modules[name]).__name__ == "module":  # not the old names of modules
+        importlib.reload(sys.modules[name])
+        check(old)
+check(make())
+for name in names:
+    del sys.modules[name]
+import anomalib_stfpm_ext
+assert anomalib_stfpm_ext.StfpmExt is not StfpmExt
+for model in (old, make()):
+    check(model)
+assert len([finder for finder in sys.meta_path if getattr(finder, "__name__", "") == "StfpmExtFinder"]) == 1
+"""
+
+
+def test_modules_that_are_imported_anew(python):
+    """As notebooks do it (autoreload): each, and all of them."""
+    python(IMPORT_ANEW)
 
 
 def test_import_torch_leaves_anomalib_alone(python):

@@ -2,7 +2,7 @@
 
 """What torch has no public name for, or none as fast."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -152,6 +152,23 @@ def is_compiled(module: nn.Module) -> bool:
         bool: Whether it is.
     """
     return hasattr(module, "_orig_mod")
+
+
+def register_once(name: str, register: Callable[[Any], None]) -> None:
+    """Register operators in this process once, however often the module that has them is imported.
+
+    torch refuses a second registration, and forgets the first one with its library. So the namespace of the operators,
+    which lives as long as torch, holds the library.
+
+    Args:
+        name (str): One of the operators.
+        register (Callable[[torch.library.Library], None]): Registers them.
+    """
+    operators: Any = torch.ops.anomalib_stfpm_ext
+    if not hasattr(operators, name):
+        library = torch.library.Library("anomalib_stfpm_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
+        register(library)
+        setattr(operators, f"library_of_{name}", library)
 
 
 def register_namedtuple(kind: type, name: str) -> None:

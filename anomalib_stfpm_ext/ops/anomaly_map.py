@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._compat.torch import current_stream, is_tracing, is_transformed
+from .._compat.torch import current_stream, is_tracing, is_transformed, register_once
 from ..errors import fail
 from . import native
 from .arguments import Options, check_call, output_shapes
@@ -20,15 +20,6 @@ from .reference import formula, output_dtype
 
 _INPUTS = "Tensor[] teacher, Tensor[] student"
 _OPTIONS = "float[]? weights=None, str combine='product', SymInt[]? combine_size=None"
-_LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "DEF")  # type: ignore[no-untyped-call]
-# Without weights, each level's is 1. The results: map, scores and, if asked for, level maps.
-_LIBRARY.define(
-    f"anomaly_map({_INPUTS}, SymInt height, SymInt width, *, {_OPTIONS}, bool level_maps=False) -> Tensor[]"
-)
-_LIBRARY.define(
-    f"anomaly_map_out({_INPUTS}, *, {_OPTIONS}, Tensor(a!) amap, Tensor(b!) score, Tensor(c!)? level_maps=None) -> ()"
-)
-
 _OPERATORS = torch.ops.anomalib_stfpm_ext
 Tensors = Sequence[torch.Tensor]
 TENSORS = native.Access(torch.Tensor.data_ptr, torch.Tensor.stride)
@@ -229,11 +220,23 @@ def cuda_queue(device: torch.device) -> native.CudaQueue:
     return native.CudaQueue(device.index, current_stream(device))
 
 
-# Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.
-for _device in ("CPU", "CUDA") if native.is_built else ():
-    _LIBRARY.impl("anomaly_map", _fused, _device)
-    _LIBRARY.impl("anomaly_map_out", _fused_out, _device)
-_LIBRARY.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices without a kernel of their own
-_LIBRARY.impl("anomaly_map_out", _default_out, "CompositeExplicitAutograd")
-torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _fake)
-torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _fake_out)
+def _register(library: Any) -> None:
+    # Without weights, each level's is 1. The results: map, scores and, if asked for, level maps.
+    library.define(
+        f"anomaly_map({_INPUTS}, SymInt height, SymInt width, *, {_OPTIONS}, bool level_maps=False) -> Tensor[]"
+    )
+    library.define(
+        f"anomaly_map_out({_INPUTS}, *, {_OPTIONS}, "
+        "Tensor(a!) amap, Tensor(b!) score, Tensor(c!)? level_maps=None) -> ()"
+    )
+    # Library.impl, since register_kernel wraps the kernel in a guard that costs microseconds at every call.
+    for device in ("CPU", "CUDA") if native.is_built else ():
+        library.impl("anomaly_map", _fused, device)
+        library.impl("anomaly_map_out", _fused_out, device)
+    library.impl("anomaly_map", _default, "CompositeExplicitAutograd")  # devices without a kernel of their own
+    library.impl("anomaly_map_out", _default_out, "CompositeExplicitAutograd")
+    torch.library.register_fake("anomalib_stfpm_ext::anomaly_map", _fake)
+    torch.library.register_fake("anomalib_stfpm_ext::anomaly_map_out", _fake_out)
+
+
+register_once("anomaly_map", _register)

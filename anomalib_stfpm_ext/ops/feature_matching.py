@@ -7,19 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from .._compat.torch import register_once
 from ..errors import fail
 from . import arguments, native
 from .anomaly_map import TENSORS, check_kernel, cuda_queue
 from .arguments import OUTPUT_DTYPES, dtype_name
 
 Tensors = Sequence[torch.Tensor]
-
-_LIBRARY: Any = torch.library.Library("anomalib_stfpm_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
-# The scalars are all that is kept for backward: two for each position of each level, (2, positions).
-_LIBRARY.define("feature_matching_loss(Tensor[] teacher, Tensor[] student) -> (Tensor loss, Tensor scalars)")
-_LIBRARY.define(
-    "feature_matching_loss_backward(Tensor upstream, Tensor[] teacher, Tensor[] student, Tensor scalars) -> Tensor[]"
-)
 
 
 def _allocate(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,10 +97,20 @@ def _refuse(*_: Any) -> NoReturn:
     raise NotImplementedError(msg)
 
 
-for _device in ("CPU", "CUDA") if native.is_built else ():
-    _LIBRARY.impl("feature_matching_loss", _fused, _device)
-    _LIBRARY.impl("feature_matching_loss_backward", _fused_backward, _device)
-torch.library.register_fake("anomalib_stfpm_ext::feature_matching_loss", _allocate)
-torch.library.register_fake("anomalib_stfpm_ext::feature_matching_loss_backward", _allocate_gradients)
-torch.library.register_autograd("anomalib_stfpm_ext::feature_matching_loss", _differentiate, setup_context=_keep)
-torch.library.register_autograd("anomalib_stfpm_ext::feature_matching_loss_backward", _refuse)
+def _register(library: Any) -> None:
+    # The scalars are all that is kept for backward: two for each position of each level, (2, positions).
+    library.define("feature_matching_loss(Tensor[] teacher, Tensor[] student) -> (Tensor loss, Tensor scalars)")
+    library.define(
+        "feature_matching_loss_backward(Tensor upstream, Tensor[] teacher, Tensor[] student, Tensor scalars)"
+        " -> Tensor[]"
+    )
+    for device in ("CPU", "CUDA") if native.is_built else ():
+        library.impl("feature_matching_loss", _fused, device)
+        library.impl("feature_matching_loss_backward", _fused_backward, device)
+    torch.library.register_fake("anomalib_stfpm_ext::feature_matching_loss", _allocate)
+    torch.library.register_fake("anomalib_stfpm_ext::feature_matching_loss_backward", _allocate_gradients)
+    torch.library.register_autograd("anomalib_stfpm_ext::feature_matching_loss", _differentiate, setup_context=_keep)
+    torch.library.register_autograd("anomalib_stfpm_ext::feature_matching_loss_backward", _refuse)
+
+
+register_once("feature_matching_loss", _register)
