@@ -2,6 +2,7 @@
 
 """What commands write to a terminal: printable text, and for an error one line without a traceback."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ def printable(text: object) -> str:
         character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
         for character in str(text)
     )
+
+
+def escape_what_the_terminal_lacks() -> None:
+    """Have standard output and error escape characters that their encoding lacks, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a notebook or a window has in its place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def tell(message: str) -> None:
@@ -42,6 +50,7 @@ def run_command(
         run (Callable[[dict[str, Any]], None]): Takes what was given, by name.
         arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
     """
+    escape_what_the_terminal_lacks()
     given = parser.parse_args(arguments).as_dict()
     with ending_in_one_line():
         run(given)

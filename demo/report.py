@@ -21,6 +21,7 @@ from rich.table import Table
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 
 from anomalib_stfpm_ext import StfpmExt, anomaly_map
+from anomalib_stfpm_ext.console import escape_what_the_terminal_lacks
 from anomalib_stfpm_ext.figures import PICTURES_PER_ROW, draw_histogram, draw_sheet, pick
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder of the demo; pictures go to its folder pictures")
     arguments = parser.parse_args()
 
+    escape_what_the_terminal_lacks()
     model = StfpmExt.load_from_checkpoint(arguments.checkpoint)
     cells = Folder(
         "elpv",

@@ -3,6 +3,8 @@
 """The command ``stfpm-ext``: its subcommands, their options and errors."""
 
 import csv
+import io
+import sys
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -33,6 +35,13 @@ def folder(tmp_path_factory):
 def test_it_is_installed():
     (script,) = entry_points(group="console_scripts", name="stfpm-ext")
     assert script.load() is main
+
+
+def test_pictures_in_a_folder_that_the_terminal_cannot_name(checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    output = tmp_path / "Fehlergröße ≥ 1"
+    main(["draw", "levels", "--checkpoint", str(checkpoint), "--images", str(folder), "--output", str(output)])
+    assert list(output.iterdir())
 
 
 def test_help_names_all_commands(capsys):

@@ -94,6 +94,18 @@ def test_scores_and_overlays_are_those_of_anomalib_predict(checkpoint, folder, t
     assert {row["verdict"] for row in found.values()} == {"good", "defective"}
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_that_is_not_utf_8(checkpoint, folder, monkeypatch, encoding):
+    """As of a service on a machine without a locale, or of Windows."""
+    folder = folder.rename(folder.with_name("größe ✓"))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    watch(checkpoint, folder, "--once")
+    assert len(rows(folder)) == 9
+    text = written.getvalue().decode(encoding)
+    assert "gr\\xf6\\xdfe \\u2713" in text if encoding == "ascii" else "größe \\u2713" in text
+
+
 def test_export_scores_as_anomalibs_inferencer_does(checkpoint, folder, tmp_path, monkeypatch):
     export = StfpmExt.load_from_checkpoint(checkpoint).to_torch(tmp_path)
     with pytest.raises(SystemExit, match=r"ValueError: checkpoint: .*TRUST_REMOTE_CODE"):
