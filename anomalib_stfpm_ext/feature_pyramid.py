@@ -100,6 +100,8 @@ class FeaturePyramid(nn.Module):
         Returns:
             dict[str, torch.Tensor]: Features ``(B, C, H_l, W_l)`` by level, in the order of ``layers``.
         """
+        if not is_traced(images):  # the faster layout for convolutions; the scorer reads any
+            images = images.contiguous(memory_format=torch.channels_last)
         copy = copy or self.inference_copy(images)
         if copy is None:
             return self._by_level(self.feature_extractor(images))

@@ -112,7 +112,7 @@ class Predictor:
             FloatingPointError: If the score is not finite: the model is of no use then.
         """
         check_image(image)
-        prediction = self._network(image[None].to(self._device))
+        prediction = self._network(image[None].to(self._device, torch.float32))
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
         if self.threshold is None:  # of which anomalib makes labels all the same: that all is good

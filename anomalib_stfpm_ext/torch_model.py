@@ -97,7 +97,7 @@ class StfpmExtModel(nn.Module):
         self.teacher_model = Teacher(backbone, layers, teacher_weights)
         self.student_model = Student(backbone, layers)
         self.is_trained = False
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions; the scorer reads any
+        self.float()  # whatever torch's default dtype is
 
     def forward(
         self, images: torch.Tensor, teacher: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None

@@ -2,6 +2,7 @@
 
 """What can go wrong, by the rows of docs/trouble.md: no wrong verdict in silence."""
 
+import copy
 import errno
 import math
 import shutil
@@ -25,6 +26,7 @@ from helpers import folder
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from PIL import Image
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.prune import identity
 from torch.utils.data import DataLoader, Dataset
@@ -322,6 +324,36 @@ def test_an_untrained_student_is_told(fit, images, tmp_path, told):
     model = make_model()
     model.load_state_dict(stfpm, strict=False)
     assert not tells(uses[0], model)
+
+
+def test_torchs_default_dtype_does_no_harm(make_model, fit, images):
+    path = fit(make_model()).best_model_path
+    image = read_image(images / "bad" / "0.png", as_tensor=True)
+    expected = Predictor(path, "cpu")(image).pred_score
+    torch.set_default_dtype(torch.float64)
+    try:
+        for picture in (image, image.double()):
+            assert torch.equal(Predictor(path, "cpu")(picture).pred_score, expected)
+        again = make_model()
+        fit(again)
+        assert next(again.parameters()).dtype == torch.float32
+        assert not again.post_processor.image_threshold.isnan()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_as_one_vector(make_model):
+    """As optimisers of other libraries and attacks on networks want them."""
+    model, image = make_model().eval(), torch.rand(1, 3, 48, 64)
+    student = model.model.student_model
+    with torch.no_grad():
+        model(image)
+        vector = parameters_to_vector(student.parameters())
+        vector_to_parameters(1.5 * vector, student.parameters())
+        found = model(image).pred_score
+        copied = copy.deepcopy(model)
+        assert torch.equal(parameters_to_vector(copied.model.student_model.parameters()), 1.5 * vector)
+        torch.testing.assert_close(found, copied(image).pred_score)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
