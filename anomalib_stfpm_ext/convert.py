@@ -100,7 +100,7 @@ def write_authors_student(
 
     The file has a ``layer4`` because the authors' code insists on one; it computes and ignores it. Ours is freshly
     initialised as torchvision does, the same every time. The authors compare the student with torchvision's pretrained
-    ResNet18, so one that learned from another teacher is of no use there.
+    ResNet18, so one that learned from another teacher is useless there.
 
     Args:
         model (StfpmExt | str | Path): The model, or a checkpoint of it or of anomalib's ``Stfpm``.

@@ -164,7 +164,7 @@ def draw_histogram(
     """Draw how the scores of good and of defective images are spread, and where the threshold lies.
 
     Args:
-        scores (torch.Tensor): Raw image scores ``(N,)``. Those of 0, of which there is no logarithm, count as the
+        scores (torch.Tensor): Raw image scores ``(N,)``. Scores of 0, which have no logarithm, count as the
             smallest other.
         labels (torch.Tensor): 1 for defective images, 0 for good ones ``(N,)``.
         threshold (float | None): Raw threshold: images above it count as defective. Defaults to ``None``.
@@ -232,7 +232,7 @@ def draw_sheet(file: Path, rows: list[tuple[str, list[np.ndarray], list[str]]], 
     Args:
         file (Path): The PNG file to be written.
         rows (list[tuple[str, list[np.ndarray], list[str]]]): Title, pictures and captions of each row. The pictures
-            are of one size; a row may hold fewer than the sheet is wide.
+            have one size; a row may hold fewer than the sheet is wide.
         colours (Any): How matplotlib shows pictures without colour.
     """
     height, width = rows[0][1][0].shape[:2]

@@ -109,13 +109,13 @@ class Predictor:
         Raises:
             TypeError: If the image is no tensor of floats.
             ValueError: If its shape or its range is another.
-            FloatingPointError: If the score is not finite: the model is of no use then.
+            FloatingPointError: If the score is not finite, since the model is useless then.
         """
         check_image(image)
         prediction = self._network(image[None].to(self._device, torch.float32))
         if not prediction.pred_score.isfinite().all():
             fail(FloatingPointError, "checkpoint", "one that gives finite scores", prediction.pred_score.item())
-        if self.threshold is None:  # of which anomalib makes labels all the same: that all is good
+        if self.threshold is None:  # anomalib would label every image good
             prediction = prediction._replace(pred_label=None, pred_mask=None)
         return ImageBatch(image=image[None], **prediction._asdict())
 

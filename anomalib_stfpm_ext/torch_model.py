@@ -46,7 +46,7 @@ class StfpmExtModel(nn.Module):
             paper has it. ``"finest"``: they are multiplied at the finest level's size, and the product is stretched, as
             the paper's authors' code has it.
         compile_mode (str | None): Mode of ``torch.compile`` for inference: ``"default"``, ``"reduce-overhead"`` or
-            ``"max-autotune"``, of which the last two replay CUDA graphs on a GPU. Copies and pickles are not compiled.
+            ``"max-autotune"``. The last two replay CUDA graphs on a GPU. Copies and pickles are not compiled.
             Defaults to ``None``, which compiles nothing.
 
     Raises:
@@ -302,7 +302,7 @@ class StfpmExtModel(nn.Module):
             state (torch.Tensor): What it returned.
 
         Raises:
-            ValueError: If it is of another number of levels, or no such thing.
+            ValueError: If it is for another number of levels, or something else.
         """
         number, *weights = state.tolist()
         precision = PRECISIONS[int(number)] if number in range(len(PRECISIONS)) else number

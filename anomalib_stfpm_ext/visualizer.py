@@ -45,7 +45,7 @@ class BackgroundImageVisualizer(ImageVisualizer):
         self._pictures: list[Future[None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Threads are of one process.
+        # Threads belong to one process.
         return {name: value for name, value in vars(self).items() if name not in ("_threads", "_waiting", "_pictures")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mvtec_ad(tmp_path_factory):
-    """Make two categories, of which pill has no masks."""
+    """Make two categories. Pill has no masks."""
     root, rng = tmp_path_factory.mktemp("MVTecAD"), np.random.default_rng(0)
     for category in ("bottle", "pill"):
         for role, count in ROLES.items():

@@ -256,7 +256,7 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
 
 
 def check_arguments(model: Any) -> None:
-    """Raise where a checkpoint would not load, since an argument of the model is of a type that is not plain."""
+    """Raise where a checkpoint would not load, since an argument of the model has a type that is not plain."""
     for argument, value in paths_to_strings(dict(model.hparams)).items():  # as anomalib saves them
         file = io.BytesIO()
         try:

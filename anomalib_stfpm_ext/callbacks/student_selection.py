@@ -257,7 +257,7 @@ class StudentSelection(Callback):
         return self.students.to_save()
 
     def _complete(self, trainer: Trainer, model: "StfpmExt", step: int) -> None:
-        """Give the student in the network threshold and range, unless a validation of it was of no use."""
+        """Give the student in the network threshold and range, unless a validation of it has set none."""
         if not has_verdict(model) and self._validated_step != step:
             set_verdict(trainer, model)
         self._validated_step = step

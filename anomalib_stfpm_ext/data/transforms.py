@@ -46,7 +46,7 @@ def steps(transform: Transform | None) -> Iterator[Transform]:
 
 
 def shows_all(pre_processor: Any) -> bool:
-    """Tell whether an image's maps are of the whole image, as far as its transforms are known not to move places.
+    """Tell whether an image's maps show the whole image, as far as its transforms are known not to move places.
 
     Args:
         pre_processor (Any): The model's pre-processor, or ``None``.

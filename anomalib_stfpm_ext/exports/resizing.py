@@ -138,7 +138,7 @@ def resize_by_matrices(images: torch.Tensor, size: Sequence[int]) -> torch.Tenso
 
 def _triangles(images: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how much each of the pixels adds to each new one ``(after, before)``, and the sums ``(after, 1)``."""
-    # Positions in whole numbers, of which a runtime that computes in bfloat16 loses none.
+    # Positions are whole numbers, so that a runtime that computes in bfloat16 loses none of them.
     new, old = (2 * torch.arange(size, device=images.device) + 1 for size in (after, before))
     distance = (old * after - new[:, None] * before).abs()
     width = 1 + torch.maximum(old[-1], new[-1])  # twice the larger size, which tracing may know as a tensor only

@@ -66,7 +66,7 @@ def fold(network: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.fl
             ``torch.float32``.
 
     Returns:
-        nn.Module | None: The copy; where no copy is right, the network itself, or ``None`` if it is of another dtype.
+        nn.Module | None: The copy; where no copy is right, the network itself, or ``None`` if its dtype is another.
     """
     fallback = network if dtype == images.dtype else None
     try:
@@ -257,7 +257,7 @@ class PackedConv2d(nn.Module):
 
     Attributes:
         pads_as_tensorflow (bool): Whether the result is to have the size of the features, divided by the stride:
-            TensorFlow's "same" padding, of which oneDNN knows the symmetric half only.
+            TensorFlow's "same" padding. oneDNN knows its symmetric half only.
         activation (nn.Module | None): One of :data:`_ACTIVATIONS`, applied to the result.
     """
 

@@ -19,7 +19,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 @cache
 def why_not(precision: Precision, device_type: str) -> str | None:
-    """Say why a precision is of no use on a device.
+    """Say why a precision gains nothing on a device.
 
     Of CPUs, only those with tiles (AMX) gain by it. Measured on an Intel Xeon: without tiles, its AVX-512 instructions
     for bfloat16 and float16 take 1.4 times as long as those for float32.
@@ -50,7 +50,7 @@ def why_not(precision: Precision, device_type: str) -> str | None:
 
 @cache
 def dtype_on(precision: Precision, device_type: str) -> torch.dtype:
-    """Return what to compute in on a device: the precision, or float32 where that one is of no use; tells which, once.
+    """Return what to compute in on a device: the precision, or float32 where it gains nothing; tells which, once.
 
     Args:
         precision (Precision): The precision that is wanted.

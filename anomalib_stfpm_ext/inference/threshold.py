@@ -20,8 +20,8 @@ class MiddleThreshold(F1AdaptiveThreshold):
         """Compute the threshold.
 
         Returns:
-            torch.Tensor: It, a scalar. NaN without good images, of which any threshold says nothing; without defective
-                ones it is anomalib's, their highest score.
+            torch.Tensor: The threshold, a scalar. NaN without good images, since no threshold can be found then; their
+                highest score without defective ones, as in anomalib.
         """
         threshold: torch.Tensor = super().compute()
         scores, labels = dim_zero_cat(self.preds), dim_zero_cat(self.target)

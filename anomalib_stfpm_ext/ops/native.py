@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The compiled module, of which this is the only caller: arrays become addresses, shapes and strides.
+"""The compiled module. This is its only caller: arrays become addresses, shapes and strides.
 
 Neither NumPy nor torch is imported: their arrays differ in ``Access`` alone. Where the package was installed without
 the compiled module, ``is_built`` is False, torch operations serve, and nothing else of this module may be called.
@@ -67,7 +67,7 @@ class Levels(NamedTuple):
 
     Args:
         dtype (str): Of the features, by NumPy's name.
-        shapes (Sequence[Sequence[int]]): Shape ``(B, C, H, W)`` of each level, of which there are 1 to 8.
+        shapes (Sequence[Sequence[int]]): Shape ``(B, C, H, W)`` of each level, 1 to 8 of them.
         teacher (Sequence[int]): Address of the teacher's features, of each level.
         teacher_strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
         student (Sequence[int]): Address of the student's features, of each level.

@@ -96,7 +96,7 @@ class Plan:
         if not file.exists():
             write_file(file, json.dumps(settings, indent=2))
             return
-        # Of arguments that have come since, the results are of the defaults.
+        # Arguments that have been added since had their defaults.
         defaults = {name: option.default for name, option in inspect.signature(StfpmExt).parameters.items()}
         defaults |= {"precision": "32-true", **PAPERS_RULES}
         before = {**defaults, **GONE, **json.loads(file.read_text())}

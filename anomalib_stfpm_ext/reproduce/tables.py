@@ -33,7 +33,7 @@ _MVTEC_AD = {
     MEAN: (0.955, 0.893),
 }
 # By data set, source, metric and category. The authors' PRO is the rescaled one. For VisA neither of the two has
-# figures; that one is of others' measurements of STFPM.
+# figures; those are measurements of STFPM by others.
 PUBLISHED: dict[str, dict[str, dict[str, dict[str, float]]]] = {
     "MVTecAD": {
         "paper": {
