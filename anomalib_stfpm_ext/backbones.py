@@ -18,7 +18,7 @@ _TORCHVISION = "https://download.pytorch.org/models"
 def create_extractor(backbone: str, indices: Sequence[int], pretrained: bool = False) -> Any:
     """Create timm's extractor, without the stages after the last level, which EfficientNet and MobileNetV3 keep.
 
-    Nobody reads those, they take time, and their parameters without gradients stop distributed training.
+    Nothing reads those, they take time, and their parameters without gradients stop distributed training.
     """
     extractor = timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=tuple(indices))
     stages = [level["stage"] for level in extractor.feature_info.get_dicts() if "stage" in level]
@@ -73,7 +73,7 @@ def pretrained_name(backbone: str) -> str:
     """Say which pretrained weights a name stands for: without a tag, torchvision's where timm has them.
 
     Args:
-        backbone (str): timm's name of the network, with or without a tag.
+        backbone (str): timm's name for the network, with or without a tag.
 
     Returns:
         str: The name with a tag; the same name where timm has no weights.
@@ -90,22 +90,22 @@ def pretrained_config(backbone: str) -> Any:
     """Return timm's notes on the pretrained weights: ``mean``, ``std``, ``input_size``, ``fixed_input_size``.
 
     Args:
-        backbone (str): timm's name of the network, with or without a tag.
+        backbone (str): timm's name for the network, with or without a tag.
 
     Returns:
-        Any: The notes; of a network without any, which a user has registered, timm's defaults: ImageNet's statistics.
+        Any: The notes; timm's defaults (ImageNet's statistics) for a network that a user has registered without any.
     """
     return timm.get_pretrained_cfg(pretrained_name(backbone)) or PretrainedCfg()
 
 
 def torch_hub_file(name: str) -> Path | None:
-    """Say where torch hub, and so torchvision, keeps the weights of torchvision's that timm has, too.
+    """Return the file where torch hub, and so torchvision, keeps weights of torchvision's that timm offers, too.
 
     Args:
-        name (str): timm's name of the weights.
+        name (str): timm's name for the weights.
 
     Returns:
-        Path | None: The file, which may not exist; ``None`` for weights of others, which timm converts.
+        Path | None: The file, which may not exist; ``None`` for other weights, which timm converts.
     """
     config = timm.get_pretrained_cfg(name)
     folder, _, file = (config.url if config and config.url else "").rpartition("/")
@@ -119,7 +119,7 @@ def foreign_weights(weights: Mapping[str, Any], backbone: str) -> list[str]:
 
     Args:
         weights (Mapping[str, Any]): The tensors of the file by name.
-        backbone (str): timm's name of the network.
+        backbone (str): timm's name for the network.
 
     Returns:
         list[str]: The names.

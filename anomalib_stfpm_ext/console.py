@@ -12,7 +12,7 @@ import jsonargparse
 
 
 def printable(text: object) -> str:
-    """Escape what does not belong in a line of UTF-8, line breaks and bytes that are no UTF-8, and the backslash."""
+    """Escape line breaks and other characters that cannot be printed, bytes that are no UTF-8, and the backslash."""
     return "".join(
         character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
         for character in str(text)
@@ -20,9 +20,9 @@ def printable(text: object) -> str:
 
 
 def escape_what_the_terminal_lacks() -> None:
-    """Have standard output and error escape characters that their encoding lacks, where Python would raise."""
+    """Make standard output and error escape characters that their encoding lacks, where Python would raise."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not what a notebook or a window has in its place
+        if isinstance(stream, io.TextIOWrapper):  # notebooks and windows have others in its place
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -47,8 +47,8 @@ def run_command(
 
     Args:
         parser (jsonargparse.ArgumentParser): The parser.
-        run (Callable[[dict[str, Any]], None]): Takes what was given, by name.
-        arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
+        run (Callable[[dict[str, Any]], None]): Takes the parsed arguments, by name.
+        arguments (list[str] | None): The arguments. Defaults to ``None``, those of the process.
     """
     escape_what_the_terminal_lacks()
     given = parser.parse_args(arguments).as_dict()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Students of other programs, read and written; ``stfpm-ext convert`` is the command.
+"""Reads and writes students of other programs; ``stfpm-ext convert`` is the command.
 
-No file is unpickled with code in it. What is read is a :class:`StfpmExt`; :func:`save_checkpoint` makes of it what
-``StfpmExt.load_from_checkpoint`` and ``--ckpt_path`` of anomalib's command line take.
+No code in a file is run. Readers return a :class:`StfpmExt`; :func:`save_checkpoint` writes it for
+``StfpmExt.load_from_checkpoint`` and for ``--ckpt_path`` of anomalib's command line.
 """
 
 import re
@@ -34,24 +34,24 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 def read_authors_student(path: str | Path, teacher_weights: bool | Path = True, argument: str = "path") -> StfpmExt:
     """Read a student that the authors' code saved (``snapshots/<category>/best.pth.tar``).
 
-    Its features are those of the authors' network, up to rounding, and its maps an eighth of theirs, who leave the 1/2
-    out of the distance at each of three levels. The file holds neither the teacher nor a threshold.
+    Its features are those of the authors' network, up to rounding. Its maps are an eighth of theirs, since they leave
+    the 1/2 out of the distance at each of three levels. The file holds neither the teacher nor a threshold.
 
     Args:
         path (str | Path): The authors' file: a ``state_dict`` of ResNet18's children by number, after any one prefix.
         teacher_weights (bool | Path): Local file with torchvision's weights of ResNet18, or ``True`` for those
             from timm's cache or the internet. Defaults to ``True``.
-        argument (str): What the caller's errors call the path. Defaults to ``"path"``.
+        argument (str): The name of the path for errors. Defaults to ``"path"``.
 
     Returns:
         StfpmExt: ResNet18 with the layers that the authors compare, ``layer1`` to ``layer3``, and
-            ``combine_at="finest"``, as they have it.
+            ``combine_at="finest"``, as in their code.
 
     Raises:
         TypeError: If ``path`` is no path.
         FileNotFoundError: If one of the files does not exist.
         ValueError: If one cannot be read, or holds another network; if ``teacher_weights`` is ``False``.
-        RuntimeError: If timm's pretrained weights cannot be had.
+        RuntimeError: If timm's pretrained weights are not available.
     """
     if teacher_weights is False:
         msg = "teacher_weights: the authors' file holds the student only; wanted True or a file of weights, got False"
@@ -73,14 +73,14 @@ def read_anomalib_checkpoint(
 ) -> StfpmExt:
     """Read a checkpoint of anomalib's ``Stfpm``.
 
-    The maps are those of anomalib. The transform of the images, and thresholds and normalisation of the predictions
-    come along where the checkpoint holds them.
+    The maps are those of anomalib. The transform of the images, and thresholds and normalisation of the predictions,
+    are read too if the checkpoint holds them.
 
     Args:
         path (str | Path): The checkpoint.
         backbone (str | None): The backbone, for a checkpoint that does not name it. Defaults to ``None``.
         layers (Sequence[str] | None): The layers, likewise. Defaults to ``None``.
-        argument (str): What the caller's errors call the path. Defaults to ``"path"``.
+        argument (str): The name of the path for errors. Defaults to ``"path"``.
 
     Returns:
         StfpmExt: The model, teacher included.
@@ -106,7 +106,7 @@ def write_authors_student(
         model (StfpmExt | str | Path): The model, or a checkpoint of it or of anomalib's ``Stfpm``.
         path (str | Path): The file to write. Its folder is made if need be.
         category (str): The category that the file names. Defaults to ``""``.
-        argument (str): What the caller's errors call the model. Defaults to ``"model"``.
+        argument (str): The name of the model for errors. Defaults to ``"model"``.
 
     Raises:
         TypeError: If ``model`` is neither model nor path, ``path`` is no path, or ``category`` is no string.
@@ -129,7 +129,7 @@ def write_authors_student(
     if model.model.level_weights is not None:
         rank_zero_warn(
             f"{argument}: the exponents of its levels, {model.model.level_weights}, are unknown to the authors' code, "
-            "whose scores will be others. A training with selection='held_out_map' has none."
+            "whose scores will differ. A training with selection='held_out_map' has none."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -140,9 +140,9 @@ def write_authors_student(
 
 
 def save_checkpoint(model: StfpmExt, path: str | Path) -> None:
-    """Save a model as Lightning does, without having trained it.
+    """Save a model as Lightning does, without a training.
 
-    There is no state of an optimiser in the checkpoint, so training cannot go on from it.
+    The checkpoint holds no state of an optimiser, so training cannot go on from it.
 
     Args:
         model (StfpmExt): The model.
@@ -177,7 +177,7 @@ def _save(content: dict[str, Any], path: str | Path) -> None:
 def _timm_names(weights: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Name the authors' tensors as timm does; a name that is not the authors' stays."""
     first = [match[1] for match in map(re.compile(r"(|.*\.)0\.weight").fullmatch, weights) if match]
-    prefix = min(first, key=len, default="")  # longer are the likes of model.5.0.downsample.
+    prefix = min(first, key=len, default="")  # longer ones are, say, model.5.0.downsample.
     for name, tensor in weights.items():
         child, _, rest = name.removeprefix(prefix).partition(".")
         yield f"{_CHILDREN[child]}.{rest}" if child in _CHILDREN else name, tensor
@@ -198,7 +198,7 @@ def _read_checkpoint(
         backbone,
         layers,
         teacher_weights=False,
-        combine_at=settings.get("combine_at", "image"),  # of StfpmExt's own
+        combine_at=settings.get("combine_at", "image"),  # of StfpmExt's own checkpoints
     )
     model.pre_processor = StfpmExt.configure_pre_processor()  # unless the checkpoint has another
     if model.model.teacher_model.channels_last_output:
@@ -213,7 +213,7 @@ def _read_checkpoint(
         msg = f"{argument}: the transform or the post-processing in {str(path)!r} cannot be restored: {error}"
         raise ValueError(msg) from error
     unset = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("post_processor.")}
-    stages = len(getattr(model.model.teacher_model.feature_extractor, "blocks", ()))  # anomalib keeps those after, too
+    stages = len(getattr(model.model.teacher_model.feature_extractor, "blocks", ()))  # anomalib keeps later ones, too
     read = {name: tensor for name, tensor in content["state_dict"].items() if _stage(name) < stages}
     load_tensors(
         model,

@@ -23,10 +23,10 @@ from .inference.folding import fold
 from .ops import native
 from .weights import load_tensors, read_file
 
-WEIGHTS_VARIABLE = "STFPM_EXT_TEACHER_WEIGHTS"  # for programs that pass no arguments, as anomalib Studio
+WEIGHTS_VARIABLE = "STFPM_EXT_TEACHER_WEIGHTS"  # for programs that pass no arguments, like anomalib Studio
 
-# Of images that a CPU takes through the network at a time. Activations of more would be memory that is new from the
-# system in each layer, and its page faults cost up to half of the time.
+# Pixels of the images that a CPU takes through the network at a time. Activations of more would be new memory from the
+# system in each layer, whose page faults cost up to half of the time.
 CPU_PIXELS = 4 * 256 * 256
 
 
@@ -35,7 +35,7 @@ class InferenceCopy(NamedTuple):
 
     Attributes:
         network (nn.Module): The copy.
-        dtype (torch.dtype): What it computes in, and wants images in.
+        dtype (torch.dtype): What it computes in, and the dtype of the images that it wants.
     """
 
     network: nn.Module
@@ -46,7 +46,7 @@ class FeaturePyramid(nn.Module):
     """Features of a timm backbone at several levels.
 
     Args:
-        backbone (str): timm's name of the network, with or without a tag for its weights.
+        backbone (str): timm's name for the network, with or without a tag for its weights.
         layers (Sequence[str]): The levels, by the names that timm gives them (``feature_info``).
 
     Attributes:
@@ -54,11 +54,11 @@ class FeaturePyramid(nn.Module):
 
     Note:
         Inference runs a copy whose batch norms are folded into the convolutions: the same features up to rounding. It
-        is made anew when modules or weights have changed, after gradients were wanted, and after training mode. torch
-        does not count all changes of weights: not those through ``tensor.data``, views of NumPy or DLPack, and
-        collectives of ``torch.distributed``. On a CPU, a sample of the weights tells of these: all of a vector, and a
-        value or two of each filter. Changes elsewhere, on a GPU, and of other attributes of a module, such as ``eps``,
-        are not noticed.
+        is made anew when modules or weights have changed, after gradients were needed, and after training mode. torch
+        does not count changes of weights through ``tensor.data``, views of NumPy or DLPack, and collectives of
+        ``torch.distributed``. On a CPU, a sample of the weights reveals these: all of a vector, and a value or two of
+        each filter. Changes outside the sample, on a GPU, and of other attributes of a module, such as ``eps``, go
+        unnoticed.
 
     Raises:
         ValueError: If timm does not know the backbone, if it has no feature pyramid, or if one of the layers is not
@@ -79,14 +79,14 @@ class FeaturePyramid(nn.Module):
         self.feature_extractor = create_extractor(backbone, layer_indices(backbone, layers))
         info = self.feature_extractor.feature_info
         self.finest = min(zip(info.reduction(), info.module_name(), strict=True))[1]
-        # For inference: a copy (in a tuple, so that it is no part of the model), and the state of what it was made of.
+        # For inference: a copy (in a tuple, so that it is no part of the model), and the state that it was made from.
         self._folded: tuple[Any, ...] = ()
         self._folded_state: list[Any] | None = None
         self._folded_dtype = torch.float32
         self._versions: list[int] = []
         self._blocks = array("Q")
         self._sampled: object = None
-        # Swin and its like return (B, H, W, C).
+        # Swin and similar networks return (B, H, W, C).
         self.channels_last_output = str(getattr(self.feature_extractor, "output_fmt", "NCHW")).endswith("NHWC")
 
     def forward(self, images: torch.Tensor, copy: InferenceCopy | None = None) -> dict[str, torch.Tensor]:
@@ -94,8 +94,8 @@ class FeaturePyramid(nn.Module):
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
-            copy (InferenceCopy | None): What :meth:`inference_copy` has just returned. Defaults to ``None``: it is
-                asked.
+            copy (InferenceCopy | None): What :meth:`inference_copy` has just returned. Defaults to ``None``, which
+                calls it.
 
         Returns:
             dict[str, torch.Tensor]: Features ``(B, C, H_l, W_l)`` by level, in the order of ``layers``.
@@ -105,22 +105,22 @@ class FeaturePyramid(nn.Module):
         copy = copy or self.inference_copy(images)
         if copy is None:
             return self._by_level(self.feature_extractor(images))
-        # Called itself, a traced network prints its errors.
+        # By forward, since a traced network that is called prints its errors.
         parts = [copy.network.forward(part.to(copy.dtype)) for part in self._parts(images)]
         return self._by_level(parts[0] if len(parts) == 1 else list(map(torch.cat, zip(*parts, strict=True))))
 
     def inference_copy(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> InferenceCopy | None:
-        """Return the inference copy, up to date, if features are all that is wanted.
+        """Return the inference copy, up to date, if nothing but features is needed.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or others of their shape.
             dtype (torch.dtype): What to compute in, for a network of float32. Defaults to ``torch.float32``.
 
         Returns:
-            InferenceCopy | None: The copy, of float32 where the network cannot compute in that dtype, which the log
-                says. ``None`` for images or weights with NaN, with gradients, forward-mode ones too, autocast, hooks
-                within the network or modules of it in training mode, and where :func:`is_traced`, since compilers fold
-                by themselves.
+            InferenceCopy | None: The copy, in float32 where the network cannot compute in that dtype, which the log
+                says. ``None`` for images or weights with NaN; with gradients (also forward-mode ones), autocast, hooks
+                within the network, or modules in training mode; and where :func:`is_traced`, since compilers fold by
+                themselves.
         """
         if is_traced(images) or is_transformed():
             return None
@@ -133,9 +133,9 @@ class FeaturePyramid(nn.Module):
             module.training or has_hooks(module) for module in modules
         ):
             return None
-        if images.dtype != tensors[0].dtype:  # for torch to refuse
+        if images.dtype != tensors[0].dtype:  # torch will raise an error
             return None
-        # oneDNN's fused activations make 0 of NaN, and so a plausible score.
+        # oneDNN's fused activations turn NaN into 0, and so into a plausible score.
         if images.device.type == "cpu" and images.sum(dtype=torch.float32).isnan():
             return None
         if images.dtype != torch.float32:  # double precision stays what it is
@@ -158,7 +158,7 @@ class FeaturePyramid(nn.Module):
                     f"inference_precision: {self.backbone!r} cannot compute in {dtype}, and goes on in float32."
                 )
                 network, dtype = fold(self.feature_extractor, sample, images.dtype), images.dtype
-            # With modules and tensors, so that no others get their place in memory.
+            # Kept with modules and tensors, so that no others get their addresses.
             self._folded = (network, modules, [tensor.detach() for tensor in tensors])
             self._folded_state, self._versions, self._folded_dtype = state, versions(tensors), dtype
             self._blocks = array("Q", chain.from_iterable(map(memory_of, tensors)))
@@ -166,7 +166,7 @@ class FeaturePyramid(nn.Module):
         return InferenceCopy(self._folded[0], self._folded_dtype)
 
     def _sample(self, tensors: Sequence[torch.Tensor]) -> object:
-        """Take a sample of the weights, from where :attr:`_blocks` says they are; all of them where nothing is fast."""
+        """Hash a sample of the weights, found by :attr:`_blocks`; sum all of them without the compiled module."""
         if native.is_built:
             return native.fingerprint(self._blocks)
         return [tensor.sum(dtype=torch.float64).item() for tensor in tensors if memory_of(tensor)]
@@ -216,9 +216,9 @@ class Teacher(FeaturePyramid):
         backbone (str): As in :class:`FeaturePyramid`.
         layers (Sequence[str]): As in :class:`FeaturePyramid`.
         weights (str | Path | bool): A local ``.pth`` or ``.safetensors`` file with the backbone's weights. ``True``:
-            such a file that the environment variable ``STFPM_EXT_TEACHER_WEIGHTS`` names; otherwise timm's pretrained
-            ones, from torch hub's cache, timm's own or the internet. ``False``: none, when a checkpoint that holds the
-            teacher is about to be loaded.
+            the file that the environment variable ``STFPM_EXT_TEACHER_WEIGHTS`` names; otherwise timm's pretrained
+            weights, from torch hub's cache, timm's cache or the internet. ``False``: none, when a checkpoint that holds
+            the teacher is about to be loaded.
 
     Attributes:
         is_random (bool): Whether no weights have been loaded.
@@ -226,7 +226,7 @@ class Teacher(FeaturePyramid):
     Raises:
         FileNotFoundError: If the file of weights does not exist.
         ValueError: If it cannot be read, or lacks tensors of the backbone or has them in other shapes.
-        RuntimeError: If timm's pretrained weights cannot be had.
+        RuntimeError: If timm's pretrained weights are not available.
     """
 
     def __init__(self, backbone: str, layers: Sequence[str], weights: str | Path | bool = True) -> None:

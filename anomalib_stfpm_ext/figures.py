@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of results beside anomalib's own; ``stfpm-ext draw`` is the command.
+"""Pictures of results besides anomalib's own; ``stfpm-ext draw`` is the command.
 
-The anomaly maps of the single levels beside their product, a histogram of the scores of good and defective images, and
-sheets of pictures spread over the scores.
+They show the anomaly maps of the single levels beside their product, a histogram of the scores of good and defective
+images, and sheets of pictures spread over the scores.
 """
 
 from dataclasses import dataclass
@@ -30,12 +30,13 @@ MAX_DISTANCE = 2.0  # of teacher and student at a level, when their features are
 
 @dataclass(frozen=True)
 class LevelMaps:
-    """What the single levels see in an image, on raw scores.
+    """The raw anomaly maps of an image, of the single levels and of their product.
 
     Args:
         names (list[str]): The levels, from the finest to the coarsest.
         sizes (list[tuple[int, int]]): Height and width of their features.
-        maps (np.ndarray): Their distances ``(levels, h, w)`` where they are combined, float32, from 0 to 2.
+        maps (np.ndarray): Their distances ``(levels, h, w)`` at the size at which they are combined, float32, from 0
+            to 2.
         product (np.ndarray): The anomaly map ``(H, W)``, float32.
         score (float): The image score, the maximum of the product.
         weights (list[float]): The exponents of the levels' maps in the product.
@@ -50,11 +51,11 @@ class LevelMaps:
 
 
 def raw_threshold(model: StfpmExt, pixels: bool = False) -> float | None:
-    """Return the threshold on raw scores, where anomalib's predictions have it on those of 0 to 1.
+    """Return the threshold of raw scores; the one of anomalib's predictions is for scores of 0 to 1.
 
     Args:
         model (StfpmExt): The model.
-        pixels (bool): That of the pixels, not of the images. Defaults to ``False``.
+        pixels (bool): Whether to return the threshold of pixels, not of images. Defaults to ``False``.
 
     Returns:
         float | None: The threshold, shifted as the post-processor's sensitivity asks, or ``None`` where no validation
@@ -81,11 +82,11 @@ def measure_levels(model: StfpmExt, image: torch.Tensor) -> LevelMaps:
             0 to 255 nor normalised, since the model normalises them itself.
 
     Returns:
-        LevelMaps: The maps, of the size that the model's pre-processor gives the image.
+        LevelMaps: The maps, for the size that the model's pre-processor gives the image.
 
     Raises:
         TypeError: If the image is no tensor of floats.
-        ValueError: If its shape or its range is another.
+        ValueError: If its shape or its range is wrong.
     """
     check_image(image)
     images = pre_process(model.pre_processor, image[None].to(model.device))
@@ -113,7 +114,7 @@ def draw_levels(
     """Draw an image, its mask if it has one, the maps of the levels and their product.
 
     All maps have one colour scale, from 0 to twice the threshold's root, or to the largest distance where there is no
-    threshold. For this the product of L levels is shown by its Lth root, the geometric mean of the levels' distances.
+    threshold. To fit it, the product of L levels is shown as its Lth root, the geometric mean of the levels' distances.
 
     Args:
         image (np.ndarray): The image ``(H, W, 3)``.
@@ -164,8 +165,8 @@ def draw_histogram(
     """Draw how the scores of good and of defective images are spread, and where the threshold lies.
 
     Args:
-        scores (torch.Tensor): Raw image scores ``(N,)``. Scores of 0, which have no logarithm, count as the
-            smallest other.
+        scores (torch.Tensor): Raw image scores ``(N,)``. Scores of 0, which have no logarithm, are drawn at the
+            smallest score above 0.
         labels (torch.Tensor): 1 for defective images, 0 for good ones ``(N,)``.
         threshold (float | None): Raw threshold: images above it count as defective. Defaults to ``None``.
         bins (int): Number of bars. Defaults to ``40``.
@@ -230,10 +231,10 @@ def draw_sheet(file: Path, rows: list[tuple[str, list[np.ndarray], list[str]]], 
     """Draw rows of pictures with a caption under each.
 
     Args:
-        file (Path): The PNG file to be written.
+        file (Path): The PNG file to write.
         rows (list[tuple[str, list[np.ndarray], list[str]]]): Title, pictures and captions of each row. The pictures
             have one size; a row may hold fewer than the sheet is wide.
-        colours (Any): How matplotlib shows pictures without colour.
+        colours (Any): How matplotlib colours gray pictures: arguments of ``imshow``.
     """
     height, width = rows[0][1][0].shape[:2]
     size = (2 * PICTURES_PER_ROW, len(rows) * (2 * height / width + 0.4))

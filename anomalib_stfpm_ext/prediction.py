@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Trained models at work: a checkpoint or an export in, verdicts on images out. Draws nothing."""
+"""Trained models at work: a checkpoint or an export in, verdicts on images out."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ def load_model(checkpoint: str | Path, argument: str = "checkpoint", teacher_wei
 
     Args:
         checkpoint (str | Path): Its checkpoint.
-        argument (str): What the caller's errors call it. Defaults to ``"checkpoint"``.
+        argument (str): The name of the argument for errors. Defaults to ``"checkpoint"``.
         teacher_weights (Path | None): File of the teacher's weights, for a checkpoint that leaves them out. Defaults to
             ``None``.
 
@@ -54,7 +54,7 @@ class Predictor:
         teacher_weights (Path | None): File of the teacher's weights, for a checkpoint that leaves them out. Defaults to
             ``None``.
         sensitivity (float | None): Moves the threshold: above 0.5 more images are defective, below 0.5 fewer. Defaults
-            to ``None``, that of the model.
+            to ``None``, the model's own.
 
     Attributes:
         pre_processor (PreProcessor | None): What the model does to an image first.
@@ -108,8 +108,8 @@ class Predictor:
 
         Raises:
             TypeError: If the image is no tensor of floats.
-            ValueError: If its shape or its range is another.
-            FloatingPointError: If the score is not finite, since the model is useless then.
+            ValueError: If its shape or its range is wrong.
+            FloatingPointError: If the score is not finite: such a model is useless.
         """
         check_image(image)
         prediction = self._network(image[None].to(self._device, torch.float32))

@@ -39,12 +39,12 @@ class StfpmExtModel(nn.Module):
     """Teacher, student and scorer.
 
     Args:
-        backbone (str): timm's name of the network of teacher and student.
-        layers (Sequence[str]): The levels that are compared.
+        backbone (str): timm's name for the network of teacher and student.
+        layers (Sequence[str]): The levels to compare.
         teacher_weights (str | Path | bool): See :class:`anomalib_stfpm_ext.feature_pyramid.Teacher`.
-        combine_at (str): ``"image"``: the levels' maps are stretched to the image's size and multiplied there, as the
-            paper has it. ``"finest"``: they are multiplied at the finest level's size, and the product is stretched, as
-            the paper's authors' code has it.
+        combine_at (str): ``"image"``: the levels' maps are stretched to the image's size and multiplied there, as in
+            the paper. ``"finest"``: they are multiplied at the finest level's size, and the product is stretched, as in
+            the authors' code.
         compile_mode (str | None): Mode of ``torch.compile`` for inference: ``"default"``, ``"reduce-overhead"`` or
             ``"max-autotune"``. The last two replay CUDA graphs on a GPU. Copies and pickles are not compiled.
             Defaults to ``None``, which compiles nothing.
@@ -54,14 +54,13 @@ class StfpmExtModel(nn.Module):
             :class:`anomalib_stfpm_ext.feature_pyramid.Teacher` does.
 
     Attributes:
-        gain (float): What each level's distances are multiplied by; other than 1 only while ``StfpmExt.to_onnx`` runs.
+        gain (float): Factor of each level's distances; other than 1 only while ``StfpmExt.to_onnx`` runs.
         level_weights (tuple[float, ...] | None): The exponent of each level's map in the product, in the order of
             ``layers``, chosen by ``StfpmExt(selection="synthetic")``; ``None`` for 1 each, as in the paper.
-        precision (Precision): What both networks compute in when they score images, where that is of use; see
-            :func:`.inference.precision.dtype_on`. Training, exports for ONNX and gradients are of float32. It and
-            :attr:`level_weights` are set by :meth:`score_by`, and are in the state dict.
-        is_trained (bool): Whether the student has learned anything, here or where its weights come from; in the state
-            dict, too.
+        precision (Precision): What both networks compute in when they score images, where that gains anything; see
+            :func:`.inference.precision.dtype_on`. Training, exports for ONNX and gradients do not use it.
+            :meth:`score_by` sets it and :attr:`level_weights`; both are in the state dict.
+        is_trained (bool): Whether the student was trained, here or where its weights come from; also in the state dict.
         tiler (Tiler | None): Cuts large images into tiles; set by anomalib's ``TilerConfigurationCallback``.
 
     Example:
@@ -72,7 +71,7 @@ class StfpmExtModel(nn.Module):
         torch.Size([2, 1, 64, 64])
     """
 
-    # Of the class, since models that version 0.1 has exported bring none.
+    # On the class, since models that version 0.1 exported lack them.
     gain = 1.0
     level_weights: tuple[float, ...] | None = None
     precision: Precision = "float32"
@@ -106,21 +105,21 @@ class StfpmExtModel(nn.Module):
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
-            teacher (Callable[[torch.Tensor], dict[str, torch.Tensor]] | None): What to call for the teacher's features
-                in place of :meth:`teacher_features`, while training. Defaults to ``None``.
+            teacher (Callable[[torch.Tensor], dict[str, torch.Tensor]] | None): Returns the teacher's features in place
+                of :meth:`teacher_features`, while training. Defaults to ``None``.
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
         """
         if self.training:
-            self.is_trained = True  # a fit that makes no step takes it back
+            self.is_trained = True  # a fit without a step resets it
             return self._run_networks(images) if teacher is None else (teacher(images), self._student_features(images))
         with self._own_precision(images):
             return self._finite(self._infer(images), images)
 
     def _own_precision(self, images: torch.Tensor) -> AbstractContextManager[Any]:
-        """Keep a caller's autocast away: images are scored in the model's :attr:`precision`, whoever asks."""
+        """Disable a caller's autocast: images are scored in the model's own :attr:`precision`."""
         device_type = images.device.type
         if is_traced(images) or not torch.is_autocast_enabled(device_type):
             return nullcontext()
@@ -135,16 +134,16 @@ class StfpmExtModel(nn.Module):
         return self._infer_by_copies(images, copies)
 
     def _finite(self, result: InferenceBatch, images: torch.Tensor) -> InferenceBatch:
-        """Return results, of float32 where features overflow in float16."""
+        """Return the results, or those of float32 where features overflow in float16."""
         if self.precision != "float16" or is_traced(images) or result.pred_score.isfinite().all():
             return result
         _warn_of_overflow()
         return self._score(self.teacher_features(images), self._student_features(images), images)
 
     def _infer_by_copies(self, images: torch.Tensor, copies: Copies) -> InferenceBatch:
-        """Score images with copies of the networks: on a CPU a few at a time, whose features stay in the caches."""
+        """Score images by copies of the networks; on a CPU a few at a time, so that features stay in the caches."""
         parts = self._parts(images)
-        at_a_time = math.ceil(torch.get_num_threads() / 2)  # each has two networks
+        at_a_time = math.ceil(torch.get_num_threads() / 2)  # each part runs through two networks
         results = []
         for start in range(0, len(parts), at_a_time):
             group = parts[start : start + at_a_time]
@@ -240,27 +239,27 @@ class StfpmExtModel(nn.Module):
     def combine(
         self, distances: dict[str, torch.Tensor], image_size: tuple[int, int], weights: tuple[float, ...] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make anomaly maps of the levels' distances, as :meth:`forward` does of features.
+        """Combine the levels' distances into anomaly maps, as :meth:`forward` does.
 
         Args:
             distances (dict[str, torch.Tensor]): See :meth:`level_distances`.
             image_size (tuple[int, int]): Height and width of the images.
-            weights (tuple[float, ...] | None): In place of :attr:`level_weights`.
+            weights (tuple[float, ...] | None): Exponents in place of :attr:`level_weights`.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: The anomaly maps ``(B, 1, H, W)``, and the levels' own maps, without
-                weights, where they are combined ``(B, levels, h, w)``.
+            tuple[torch.Tensor, torch.Tensor]: The anomaly maps ``(B, 1, H, W)``, and the levels' own maps without
+                weights ``(B, levels, h, w)``, at the size at which they are combined.
         """
         options = check_options(weights, "product", self.combine_size(distances), True, list(distances))
         amap, _, levels = combine_levels(list(distances.values()), image_size, options)
         return amap, levels
 
     def _infer_compiled(self, images: torch.Tensor) -> InferenceBatch:
-        """Score images by compiled networks; the scorer, whose weights change with the student, needs none."""
+        """Score images by compiled networks; the scorer stays as it is, since its weights change with the student."""
         if self._compiled is None:
             self._compiled = torch.compile(self._run_networks, mode=self.compile_mode)
         with self._autocast(images):
-            sides = self._compiled(images.as_subclass(torch.Tensor))  # torch compiles no methods of torchvision's Image
+            sides = self._compiled(images.as_subclass(torch.Tensor))  # torch cannot compile torchvision's Image
         return self._score(*sides, images)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -268,14 +267,14 @@ class StfpmExtModel(nn.Module):
         return {**state, "compile_mode": None, "_compiled": None}
 
     def score_by(self, level_weights: tuple[float, ...] | None, precision: Precision) -> None:
-        """Say how images are scored from now on, by any student that is in the network.
+        """Set how images are scored from now on, whichever student is in the network.
 
         Args:
             level_weights (tuple[float, ...] | None): See :attr:`level_weights`.
             precision (Precision): See :attr:`precision`.
 
         Raises:
-            ValueError: If there is not a finite weight of at least 0 for each level, or no such precision.
+            ValueError: If a level has no finite weight of at least 0, or there is no such precision.
         """
         levels = self.teacher_model.layers
         if level_weights is not None:
@@ -286,11 +285,11 @@ class StfpmExtModel(nn.Module):
         self.level_weights, self.precision = None if all_same else level_weights, precision
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return how images are scored, for the state dict: so it goes wherever the weights go.
+        """Return how images are scored, for the state dict: it goes wherever the weights go.
 
         Returns:
-            torch.Tensor: The place of the precision in ``PRECISIONS``, the weight of each level, and 1 for a student
-                that is trained ``(levels + 2,)``, float64.
+            torch.Tensor: The index of the precision in ``PRECISIONS``, the weight of each level, and 1 for a trained
+                student or else 0: ``(levels + 2,)``, float64.
         """
         levels = len(self.teacher_model.layers)
         return encode_scoring(self.level_weights, self.precision, self.is_trained, levels)
@@ -302,7 +301,7 @@ class StfpmExtModel(nn.Module):
             state (torch.Tensor): What it returned.
 
         Raises:
-            ValueError: If it is for another number of levels, or something else.
+            ValueError: If it belongs to another number of levels, or is something else.
         """
         number, *weights = state.tolist()
         precision = PRECISIONS[int(number)] if number in range(len(PRECISIONS)) else number
@@ -311,7 +310,7 @@ class StfpmExtModel(nn.Module):
         self.is_trained = weights[levels:] != [0]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        self.is_trained = True  # unless the extra state, which others' weights lack, says otherwise
+        self.is_trained = True  # unless the extra state says otherwise; weights of other programs have none
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def warn_if_untrained(self) -> None:
@@ -324,17 +323,17 @@ class StfpmExtModel(nn.Module):
 
     @property
     def backbone(self) -> str:
-        """Timm's name of the network of teacher and student, where ``Stfpm`` has it, too."""
+        """Name of the network of teacher and student in timm; anomalib's ``Stfpm`` has this attribute, too."""
         return self.teacher_model.backbone
 
     def combine_size(self, features: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
-        """Say where the scorer combines the levels.
+        """Return the size at which the scorer combines the levels.
 
         Args:
             features (Mapping[str, torch.Tensor]): Features ``(B, C, H_l, W_l)`` by level.
 
         Returns:
-            tuple[int, int] | None: Height and width of the finest level, or ``None`` for those of the image.
+            tuple[int, int] | None: Height and width of the finest level, or ``None`` for the image's size.
         """
         if self.combine_at == "image":
             return None
@@ -342,35 +341,35 @@ class StfpmExtModel(nn.Module):
         return (finest.shape[-2], finest.shape[-1])
 
     def features(self, images: torch.Tensor) -> Sides:
-        """Compute both sides.
+        """Compute the features of teacher and student.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: Features ``(B, C, H_l, W_l)`` of teacher and
-                student by level, of the model's :attr:`precision` in inference.
+                student by level, in the model's :attr:`precision` during inference.
         """
         copies = self._inference_copies(images)
         return self._run_networks(images) if copies is None else self._run_copies([images], copies)[0]
 
     def _inference_copies(self, images: torch.Tensor) -> Copies | None:
-        """Return the inference copies of both networks; ``None`` unless features are all that is wanted of both."""
+        """Return the inference copies of both networks; ``None`` where more than their features is needed."""
         if self.training or is_traced(images):
             return None
         dtype = dtype_on(self.precision, images.device.type)
         tiles: torch.Tensor = self.tiler.tile(images) if self.tiler else images
-        student = self.student_model.inference_copy(tiles, dtype)  # first, since gradients are wanted of it alone
+        student = self.student_model.inference_copy(tiles, dtype)  # first: it alone may need gradients
         teacher = None if student is None else self.teacher_model.inference_copy(tiles, dtype)
         return None if teacher is None or student is None else (teacher, student)
 
     def _autocast(self, images: torch.Tensor) -> AbstractContextManager[Any]:
-        """Have torch compute in the model's :attr:`precision`."""
+        """Make torch compute in the model's :attr:`precision`."""
         dtype = dtype_on(self.precision, images.device.type)
         return nullcontext() if dtype == torch.float32 else torch.autocast(images.device.type, dtype)
 
     def teacher_features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute the teacher's side in float32, which never changes for an image.
+        """Compute the teacher's features in float32; they never change for an image.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
@@ -395,7 +394,7 @@ class StfpmExtModel(nn.Module):
 def encode_scoring(
     level_weights: Sequence[float] | None, precision: Precision, is_trained: bool, levels: int
 ) -> torch.Tensor:
-    """Write down how images are scored, as :meth:`StfpmExtModel.get_extra_state` does.
+    """Encode how images are scored, as :meth:`StfpmExtModel.get_extra_state` returns it.
 
     Args:
         level_weights (Sequence[float] | None): The exponent of each level's map; ``None`` for 1 each.
@@ -414,5 +413,5 @@ def encode_scoring(
 def _warn_of_overflow() -> None:
     rank_zero_warn(
         "inference_precision: features of this network overflow in float16. Such images are scored in float32; "
-        "inference_precision='bfloat16' has its range."
+        "inference_precision='bfloat16' has float32's range."
     )

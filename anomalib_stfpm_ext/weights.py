@@ -11,10 +11,10 @@ from torch import nn
 
 
 def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str], Any]) -> Any:
-    """Read a file that somebody named.
+    """Read a file that an argument names.
 
     Args:
-        argument (str): The argument that named it, for the error.
+        argument (str): The argument that names it, for the error.
         path (str | Path): The file.
         kind (str): What it should be, for the error.
         reader (Callable[[str], Any]): Reads it. It must not run code from the file.
@@ -43,7 +43,7 @@ def read_file(argument: str, path: str | Path, kind: str, reader: Callable[[str]
 
 
 def _what_it_is(path: Path) -> str | None:
-    """Say what stands in a file instead of weights, where its first bytes tell."""
+    """Say what a file holds instead of weights, where its first bytes tell."""
     with path.open("rb") as file:
         start = file.read(64).lstrip().lower()
     if not start:
@@ -70,7 +70,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> 
     wrong = []
     for name in {**wanted, **tensors}:
         if name not in tensors and name.endswith("num_batches_tracked"):
-            continue  # absent from old files, and of no effect
+            continue  # absent from old files, without effect
         want = tuple(wanted[name].shape) if name in wanted else "no such tensor"
         found = tensors.get(name, "missing")
         found = tuple(found.shape) if isinstance(found, torch.Tensor) else found
@@ -79,7 +79,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], misfit: str) -> 
     if wrong:
         msg = f"{misfit}: {_shorten(wrong)}"
         raise ValueError(msg)
-    # A post-processor without threshold is NaN by right.
+    # NaN is right for a post-processor without a threshold.
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("post_processor.")}
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:

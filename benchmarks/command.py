@@ -2,8 +2,9 @@
 
 """Times what `anomalib test` and `anomalib predict` do for a folder, pictures included: Stfpm and StfpmExt in turn.
 
-From the first decoded image to the last picture on disk, with each model's defaults and the same random weights;
-without the start of Python, which is the same for both. ResNet18 at 256x256, photographs of 512x512, batches of 32.
+The time is that from the first decoded image to the last picture on disk, without the start of Python, which is the
+same for both. Each model has its defaults, and both have the same random weights: ResNet18 at 256x256, photographs of
+512x512, batches of 32.
 """
 
 import argparse

@@ -91,10 +91,10 @@ class Timer:
             torch.cuda.synchronize()
 
     def device_seconds(self, work: Callable[[], Any]) -> float:
-        """Return what the device takes for all that `work` enqueues.
+        """Return the seconds that the device takes for all that `work` enqueues.
 
-        The device is kept busy until all is enqueued, so that it never waits for Python; but for work that itself waits
-        for the device.
+        The device is kept busy until all is enqueued, so that it never waits for Python, unless `work` itself waits for
+        the device.
         """
         if not self.cuda:
             return self.wall_seconds(work)
@@ -147,9 +147,9 @@ def time_in_turns(
 
 
 class CacheEviction:
-    """Called, leaves nothing in the CPU's caches but a buffer of its own, whoever ran before.
+    """Fills the CPU's caches with a buffer of its own when it is called, whatever ran before.
 
-    It only reads, since lines that were written to would have to go to memory in somebody else's time.
+    It only reads: lines that were written to would have to go to memory during the next measurement.
     """
 
     def __init__(self, megabytes: int = 256) -> None:

@@ -2,11 +2,11 @@
 
 """Times the loss forward and backward beside its formula in torch operations, eager and under torch.compile.
 
-They take turns in one process, so that a busy machine slows all of them, and before each step the caches are emptied;
-every figure is a median. On CUDA it is the time on the device, whose caches most of a batch is too large for. The floor
-is what the machine needs to read the features twice, forward and backward, and to write the gradient, at the read and
-write speed measured in the same run. The memory is the most that torch's allocator holds at a time beyond the features,
-the student's gradient included, which all must make.
+They take turns in one process, so that a busy machine slows all of them, and before each step the caches are emptied.
+Every figure is a median. On CUDA it is the time on the device, whose caches are too small for most of a batch. The
+floor is what the machine needs to read the features twice, forward and backward, and to write the gradient, at the read
+and write speed measured in the same run. The memory is the most that torch's allocator holds at a time beyond the
+features. It includes the student's gradient, which all must make.
 """
 
 import argparse

@@ -2,15 +2,16 @@
 
 """Times the way from an image to its verdict, and a training epoch: anomalib's Stfpm and StfpmExt, side by side.
 
-ResNet18 at 256x256, with random weights, the same in all routes: eager, under torch.compile, in bfloat16 where this
-machine computes in it, eager and in bfloat16 also with an exponent for each level, as a fit ends by default, and as
-anomalib's OpenVINO export: held to float32 on as many threads, as OpenVINO runs it by default, and quantised to INT8
-(by NNCF, on the images made here). All in float32 without exponents must give the same maps. They take turns in one
-process; every figure is a median. A verdict is what a route makes of images in memory: pre-processing, both networks,
-map, score, normalisation, thresholds. Its parts are timed one by one beside it, as is the decoding that precedes it;
-teacher and student alone, and both as the model runs them. Memory is by how much a call makes the process grow at its
-highest, the first call for OpenVINO, which keeps its memory; on CUDA, the most that torch's allocator holds at a time
-beyond images and weights.
+All routes run ResNet18 at 256x256, with the same random weights. They are: eager; under torch.compile; in bfloat16 and
+float16 where this machine gains by them; eager and in these also with an exponent for each level, as a fit ends by
+default; and anomalib's OpenVINO export, held to float32 on as many threads, as OpenVINO runs it by default, and
+quantised to INT8 (by NNCF, on the images made here). Those in float32 without exponents must give the same maps. They
+take turns in one process; every figure is a median.
+
+A verdict takes images in memory through pre-processing, both networks, map, score, normalisation and thresholds. These
+parts are also timed one by one, as is the decoding before them; teacher and student are timed alone, and both as the
+model runs them. Memory is the peak growth of the process during a call; for OpenVINO, which keeps its memory, during
+the first. On CUDA, it is the most that torch's allocator holds at a time beyond images and weights.
 """
 
 import argparse

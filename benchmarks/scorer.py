@@ -5,7 +5,7 @@
 They take turns, so that a busy machine slows all of them, and before each call the caches are emptied. Every figure is
 a median. Two floors stand beside them: what the machine needs to read the features once and write the map once, at the
 read and write speed measured in the same run; and torch's own sum over the same features. "out=" is ours with memory of
-the caller, which spares the page faults of a fresh map; "core" is the compiled function alone on that memory, without
+the caller, which saves the page faults of a fresh map; "core" is the compiled function alone on that memory, without
 Python's checks and torch's dispatch.
 """
 

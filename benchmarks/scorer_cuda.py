@@ -119,7 +119,7 @@ class Case:
         self.figures["floor"] = (nbytes(*features) + 4 * batch * size**2) / bandwidth
 
     def measure(self, compile_peers: bool, seconds: float) -> None:
-        """Time all candidates after making sure that they compute the same, and ours the same bits every time."""
+        """Time all candidates after making sure that they agree, and ours with itself bit for bit."""
         sets, eager = self._make_sets(), generator(self.size)
         candidates: dict[str, Scorer] = {
             "ours": lambda teacher, student: anomaly_map(teacher, student, (self.size, self.size)),

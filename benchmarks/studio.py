@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs anomalib Studio's server with StfpmExt, as its web page would, and says what came of each step.
+"""Runs anomalib Studio's server with StfpmExt, as its web page would, and prints the result of each step.
 
 Studio is no package: its server is application/backend of anomalib's repository. docs/install.md has the command, the
-environment that it needs, and what Studio is known to refuse: gray images and ``:export``. Each step prints a line.
+environment that it needs, and what Studio is known to refuse: gray images and ``:export``.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def serve(backend: Path, folder: Path, port: int, teacher_weights: Path | None) 
         Studio: A client.
 
     Raises:
-        SystemExit: If it has ended, or not answered after two minutes.
+        SystemExit: If it has ended, or does not answer within two minutes.
     """
     environment = {**os.environ, "PYTHONPATH": ".", "DATA_DIR": str(folder / "data"), "LOG_DIR": str(folder / "logs")}
     environment["HTTP_SERVER_PORT"] = str(port)
@@ -125,7 +125,7 @@ def serve(backend: Path, folder: Path, port: int, teacher_weights: Path | None) 
 
 
 def as_upload(file: Path, mode: str = "RGB") -> dict[str, Any]:
-    """Read an image as a form's file, in colour: Studio's ``:predict`` answers others with an error."""
+    """Read an image as a form's file, in colour: Studio's ``:predict`` answers gray ones with an error."""
     buffer = io.BytesIO()
     with Image.open(file) as image:
         image.convert(mode).save(buffer, "png")

@@ -2,17 +2,17 @@
 
 """Trains StfpmExt and anomalib's Stfpm on real images, and compares the rules that choose the student and its score.
 
-Both get the same images, teacher, seeds and number of steps; anomalib's is all defaults. Every few epochs the student
-is compared with the teacher on the test images. When the training is over, each rule chooses among those students by
-what it knows, which is no test image:
+Both get the same images, teacher, seeds and number of steps; all else of anomalib's are defaults. Every few epochs the
+student is compared with the teacher on the test images. When the training is over, each rule chooses among those
+students. Only the last rule knows the test images:
 
 - "held_out_map": the lowest mean map of the held-out images, and all levels count the same;
-- "synthetic": StfpmExt's default, which also weighs the levels;
-- "last": the last student, as anomalib's Stfpm has it;
-- "oracle": the best one on the test images, which nobody can have.
+- "synthetic": StfpmExt's default, which also weights the levels;
+- "last": the last student, as anomalib's Stfpm keeps it;
+- "oracle": the best one on the test images, which nobody can choose in practice.
 
-StfpmExt is trained as it is, at the paper's learning rate, and with running statistics, too (`precise_bn=False`), with
-which "held_out_map" is the paper's choice.
+StfpmExt is trained three times: with its defaults, at the paper's learning rate, and at this rate with running
+statistics (`precise_bn=False`). In the last training, "held_out_map" is the paper's choice.
 
 The swing is the standard deviation of the image AUROC over the second half of the training. Each run is kept in the
 output folder with contact sheets: the same command goes on where it was stopped, and the table has all runs there. It
@@ -78,9 +78,9 @@ Distances = list[torch.Tensor]  # of each level, (N, 1, H_l, W_l)
 
 
 class Comparison(Checkpoint):
-    """Compares teacher and student on the test images every few epochs; of an averaged student, where there is one.
+    """Compares teacher and student on the test images every few epochs.
 
-    Lightning asks what is a ``Checkpoint`` last, when the student has its statistics.
+    It is a ``Checkpoint`` since Lightning calls those last, when the student has its statistics.
 
     Args:
         test_data (Any): The test images.
@@ -140,7 +140,7 @@ def train(variant: str, arguments: argparse.Namespace, seed: int, data: Folder) 
     network = NETWORKS[arguments.backbone]
     seed_everything(seed, workers=True)
     if variant == ANOMALIB:
-        # anomalib knows no file of weights; with internet, timm would download the same.
+        # anomalib takes no file of weights; with internet, timm would download the same.
         overlay = {"pretrained_cfg_overlay": {"file": str(arguments.teacher_weights)}}
         with mock.patch("timm.create_model", partial(timm.create_model, **overlay)):
             model = Stfpm(**network, **RAW)
@@ -172,7 +172,7 @@ def evaluate(
 
     Args:
         distances (dict[int, Distances]): See :class:`Comparison`.
-        history (list[Measurement]): StfpmExt's; empty of anomalib's Stfpm.
+        history (list[Measurement]): StfpmExt's measurements; empty for anomalib's Stfpm.
         data (Folder): The images.
         sheet (Callable[[str], Path]): Where a rule's contact sheet goes.
 
@@ -256,7 +256,7 @@ def tabulate(runs: list[dict[str, Any]]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], file: Path) -> None:
-    """Draw the AUROC over the steps, a line for each run; with weighted levels, but for the paper's rules."""
+    """Draw the AUROC over the steps, a line for each run; only StfpmExt's own rules weight the levels."""
     names = sorted({(run["data"], run["backbone"]) for run in runs})
     columns, rows = min(len(names), PLOT_COLUMNS), math.ceil(len(names) / PLOT_COLUMNS)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), layout="constrained", squeeze=False)
@@ -314,7 +314,7 @@ def main() -> None:
             if file.exists():
                 before = json.loads(file.read_text())
                 if any(before.get(option, given[option]) != given[option] for option in OPTIONS):
-                    parser.error(f"--output: {file} is of other options than {given}; take another folder")
+                    parser.error(f"--output: {file} has other options than {given}; take another folder")
                 continue
             print(name)
             comparison, history, seconds = train(variant, arguments, seed, data)

@@ -19,7 +19,7 @@ struct AnomalyMapParams {
   int64_t batch;
   int64_t height;  // of the map, in pixels
   int64_t width;
-  int64_t combine_height;  // at which the levels are combined; where it is not the map's, that is upsampled once more
+  int64_t combine_height;  // size at which the levels are combined; then upsampled to the map's, if that is another
   int64_t combine_width;
   void* map;         // [B, 1, height, width]
   void* score;       // [B]
@@ -30,7 +30,7 @@ inline bool combines_in_map(const AnomalyMapParams& params) {
   return params.combine_height == params.height && params.combine_width == params.width;
 }
 
-/// The first of two steps where the levels are combined at another size than the map's: into `combined`, [B,
+/// The first of two steps where the levels are combined at another size than the map's. It writes `combined`, [B,
 /// combine_height, combine_width] of the map's type.
 inline AnomalyMapParams combining_step(AnomalyMapParams params, void* combined) {
   params.height = params.combine_height;
@@ -39,7 +39,7 @@ inline AnomalyMapParams combining_step(AnomalyMapParams params, void* combined) 
   return params;
 }
 
-/// The second: into the map, from what was combined, as if that were the distances of a single level.
+/// The second step. It writes the map from what was combined, as if that were the distances of a single level.
 inline AnomalyMapParams upsampling_step(AnomalyMapParams params) {
   params.num_levels = 1;
   params.combination = Combination::kProduct;
@@ -53,9 +53,9 @@ inline AnomalyMapParams upsampling_step(AnomalyMapParams params) {
 /// Computes maps and scores on at most `num_threads` threads; the result does not depend on their number.
 void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads);
 
-/// Enqueues the same on a CUDA stream of `device`, where all pointers lead. Neither allocates nor synchronises.
-/// `scratch`: room for the distances of all levels, batch * sum of height * width elements of the map's type, and
-/// behind them, unless combines_in_map(), batch * combine_height * combine_width more.
+/// Enqueues the same on a CUDA stream of `device`, to whose memory all pointers lead. Neither allocates nor
+/// synchronises. `scratch`: room for the distances of all levels, batch * sum of height * width elements of the map's
+/// type, and behind them, unless combines_in_map(), batch * combine_height * combine_width more.
 void anomaly_map_cuda(const AnomalyMapParams& params, void* scratch, int device, void* stream);
 
 /// Throws std::runtime_error where `device` does not run the kernels: this build has no code for it, or its driver is

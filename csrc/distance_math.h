@@ -20,7 +20,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Inlined without exception, since compilers make no vectors of a loop with a call.
+// Always inlined, since compilers do not vectorise a loop with a call.
 #ifdef __CUDACC__
 #define STFPM_EXT_HOST_DEVICE __host__ __device__ inline
 #elif defined(_MSC_VER)
@@ -121,12 +121,12 @@ struct Product {
 
 STFPM_EXT_HOST_DEVICE double power(double base, double exponent) { return ::pow(base, exponent); }
 
-/// As above, of a base of at least 0: to 1e-7 of the result, and as if the base were off by 7e-8 of itself.
-/// Without branches and in float alone, so that compilers make full vectors of it.
+/// As above, for a base of at least 0. The result is off by 1e-7 of itself, and as if the base were off by 7e-8 of
+/// itself. It has no branches and computes in float alone, so that compilers fill their vectors.
 STFPM_EXT_HOST_DEVICE float power(float base, double exponent) {
   if (exponent == 0.0) return 1.0f;
   constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of sqrt(1/2)
-  constexpr float kRounding = 0x1.8p23f;     // numbers beside it have no digits after the point
+  constexpr float kRounding = 0x1.8p23f;     // a number that is added to it loses its fraction
   // base = 2^whole * mantissa, with the mantissa from sqrt(1/2) to sqrt(2). Numbers below 2^-126 have no such bits.
   const bool is_tiny = base < 0x1p-126f;
   const float normal = is_tiny ? base * 0x1p24f : base;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The training loss, as anomaly_map.h has the scorer.
+// The training loss: what a call of it is, and its entry points.
 
 #pragma once
 
@@ -23,12 +23,12 @@ struct FeatureMatchingParams {
 void feature_matching_cpu(const FeatureMatchingParams& params, void* loss, int num_threads);
 
 /// Writes the gradients of `upstream` times the loss (of the type of the scalars) with respect to the student's
-/// features; `gradients`: where to, for each level.
+/// features; `gradients`: where they go, for each level.
 void feature_matching_backward_cpu(const FeatureMatchingParams& params, const void* upstream,
                                    const MutableFeatures* gradients, int num_threads);
 
-/// Both enqueued on a CUDA stream of `device`, where all pointers lead. They neither allocate nor synchronise.
-/// `partial_sums`: room for kMostPartialSums.
+/// Both enqueue the same on a CUDA stream of `device`, to whose memory all pointers lead. They neither allocate nor
+/// synchronise. `partial_sums`: room for kMostPartialSums.
 constexpr int kMostPartialSums = 1024;
 void feature_matching_cuda(const FeatureMatchingParams& params, void* loss, double* partial_sums, int device,
                            void* stream);

@@ -3,8 +3,8 @@
 """Tries the wheels of dist/, each in a fresh environment of its Python: right maps, and as fast as a build by GCC.
 
 Wheels for x86-64 run here; beside each of them runs what the machine's own compiler makes of the sdist. One wheel for
-aarch64 runs under qemu-user, with the Python of Debian that debootstrap unpacks. All have to give the same bits. Run it
-as root on a Debian on x86-64 with the packages debootstrap and qemu-user-static, or with --skip-aarch64.
+aarch64 runs under qemu-user, with the Python of Debian that debootstrap unpacks. All maps have to be identical bit for
+bit. Run it as root on a Debian on x86-64 with the packages debootstrap and qemu-user-static, or with --skip-aarch64.
 """
 
 import argparse
@@ -91,8 +91,8 @@ def main() -> None:
         checksums.add(result["sha256"])
         print(f"{wheel.name}: {result['compiler']}, {result['isa']}, right maps, {beside}")
     if len(checksums) != 1:
-        sys.exit(f"The maps are not the same bits everywhere: {checksums}")
-    print(f"All maps are the same bits: {checksums.pop()}")
+        sys.exit(f"The maps are not identical bit for bit: {checksums}")
+    print(f"All maps are identical bit for bit: {checksums.pop()}")
 
 
 if __name__ == "__main__":

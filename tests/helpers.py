@@ -25,7 +25,7 @@ TINY_BACKBONES = {
     "test_mambaout": ["stages.0", "stages.1"],
 }
 
-# Of a trainer or an engine.
+# Arguments of a trainer or an engine.
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 # Images of each kind in a category of the tiny MVTec AD.
@@ -40,7 +40,7 @@ def make_features(
     dtype: str = "float32",
     seed: int = 0,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Teacher's features and the student's, which are the teacher's and noise."""
+    """Make the teacher's features, and the student's, which are the teacher's plus noise."""
     rng = np.random.default_rng(seed)
     teacher, student = [], []
     for channels, stride in pyramid:
@@ -67,14 +67,14 @@ def make_mask(path: Path) -> None:
 
 def folder(images: Path, **arguments):
     """Return the data module of ``images``."""
-    from anomalib.data import Folder  # here, since the tests of the scorer alone need none
+    from anomalib.data import Folder  # here, since tests of the scorer run without anomalib
 
     settings = {"normal_test_dir": "good_test", "abnormal_dir": "bad", "train_batch_size": 4, "num_workers": 0}
     return Folder(name="noise", root=images, normal_dir="good", seed=0, **(settings | arguments))
 
 
 def skip_unless_computed(*precisions: str) -> None:
-    """Skip a test where oneDNN's convolutions compute in one of these precisions neither fast nor slowly."""
+    """Skip a test where oneDNN's convolutions cannot compute in one of these precisions at all."""
     computed = {
         "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),

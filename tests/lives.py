@@ -69,11 +69,11 @@ class World(NamedTuple):
 
 
 class Accident(Exception):  # noqa: N818
-    """What ends a fit, a validation, a test or a prediction in its middle."""
+    """Ends a fit, a validation, a test or a prediction halfway."""
 
 
 class Accidents(Callback):
-    """Lets one error, or Ctrl-C, happen at a moment that was chosen before: when a hook is called the n-th time."""
+    """Raises one error, or Ctrl-C, at a chosen moment: when a hook is called for the n-th time."""
 
     MOMENTS: ClassVar = {
         "fit": (
@@ -115,10 +115,10 @@ for moment in {moment for moments in Accidents.MOMENTS.values() for moment in mo
 
 
 class Sayings(NamedTuple):
-    """What a model says of images.
+    """A model's answers for images.
 
     Attributes:
-        scores (list[float]): One of each image.
+        scores (list[float]): One for each image.
         labels (list[bool | None]): Whether each is defective; ``None`` without a threshold.
     """
 
@@ -128,7 +128,7 @@ class Sayings(NamedTuple):
 
 @torch.inference_mode()
 def ask(form: StfpmExt | Predictor, images: list[torch.Tensor]) -> Sayings:
-    """Ask a model about images one by one, since in reduced precision a batch is rounded otherwise."""
+    """Ask a model about images one by one, since in reduced precision a batch is rounded differently."""
     if isinstance(form, Predictor):
         answers = [form(image) for image in images]
         has_threshold = form.threshold is not None
@@ -150,7 +150,7 @@ def verdict_of(model: StfpmExt) -> dict[str, float]:
 
 
 def scoring_of(model: StfpmExt) -> tuple:
-    """Return exponents, precision and student, trained or not: what scores are made of besides the images."""
+    """Return exponents, precision and student, trained or not: what scores depend on besides the images."""
     return model.model.level_weights, model.model.precision, model.model.is_trained, student_of(model)
 
 
@@ -161,7 +161,7 @@ def student_of(model: StfpmExt) -> str:
 
 @contextmanager
 def watch_exponents(patch) -> Iterator[dict[str, set]]:
-    """Note by which exponents each student's images are scored meanwhile."""
+    """Record the exponents by which each student scores images meanwhile."""
     seen: dict[str, set] = {}
     forward = StfpmExtModel.forward
 

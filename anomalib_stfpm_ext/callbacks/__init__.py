@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What happens in a fit, a validation, a test or a prediction beside the steps."""
+"""What happens in a fit, a validation, a test or a prediction besides the steps."""
 
 from .allocator import AllocatorTuning
 from .checks import Checks

@@ -19,10 +19,10 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 class AllocatorTuning(FitResource):
     """Lets glibc keep freed memory while a fit runs on a CPU.
 
-    Activations are larger than what glibc keeps by itself. Without this callback each step would take its memory from
-    the system anew, page fault by page fault. The limits are the whole process's. Whoever sets some in the environment
-    (``MALLOC_...``, ``GLIBC_TUNABLES``) gets those. ``MALLOC_ARENA_MAX=1`` is welcome: threads other than the main one
-    have arenas of their own, which keep nothing as large, whatever the limits are.
+    Activations are larger than the blocks that glibc keeps by default. Without this callback, each step would request
+    its memory from the system again, page fault by page fault. The limits apply to the whole process. Limits in the
+    environment (``MALLOC_...``, ``GLIBC_TUNABLES``) take precedence. ``MALLOC_ARENA_MAX=1`` helps: threads other than
+    the main one have their own arenas, which never keep blocks of this size.
 
     Attributes:
         active (bool): Whether memory is kept now.
@@ -46,7 +46,7 @@ class AllocatorTuning(FitResource):
                 )
 
     def release(self) -> None:
-        """Return to the limits that glibc comes to by itself where large memory is freed."""
+        """Set the limits that glibc reaches by itself once large blocks have been freed."""
         if self.active:
             self.active = False
             limit_malloc({MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20})

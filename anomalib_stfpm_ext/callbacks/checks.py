@@ -35,7 +35,7 @@ class Checks(Callback):
     """Refuses what would end in a wrong verdict, and warns of what may."""
 
     def __init__(self) -> None:
-        self._folders: set[Path] = set()  # that were looked at for what is passed over
+        self._folders: set[Path] = set()  # already searched for pictures that are not read
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the files of a data module, which may be read much later.
@@ -70,12 +70,12 @@ class Checks(Callback):
         check_teacher(model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say once what is trained on, held out and validated."""
+        """Say how many images are trained on, held out and validated on, and check how they are batched."""
         tell_counts(trainer, pl_module)
         check_collation(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the images, and train where a test that was broken off, or a callback, has left evaluation mode."""
+        """Check the images, and return to training mode where an aborted test or a callback has left it."""
         del trainer
         model: Any = pl_module
         if not model.model.training:
@@ -100,7 +100,7 @@ class Checks(Callback):
             check_networks(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back a threshold that can tell nothing, when the post-processor has set it and before it is kept."""
+        """Reset a threshold that separates nothing, after the post-processor has set it and before it is kept."""
         if not trainer.sanity_checking:
             model: Any = pl_module
             take_back_useless(model)
@@ -127,7 +127,7 @@ class Checks(Callback):
 
 
 def check_validation(trainer: Trainer, stage: str) -> None:
-    """Raise where a data module has no images for a validation that is wanted; anomalib would end in another error."""
+    """Raise where a data module lacks the images for a validation; anomalib would raise another error."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     validates = stage == TrainerFn.VALIDATING or (stage == TrainerFn.FITTING and trainer.limit_val_batches > 0)
     splits_none = getattr(datamodule, "val_split_mode", None) == ValSplitMode.NONE
@@ -137,7 +137,7 @@ def check_validation(trainer: Trainer, stage: str) -> None:
 
 
 def check_files(dataset: Any) -> None:
-    """Raise where anomalib takes for images what systems and tools leave behind, or a file does not hold one image."""
+    """Raise where hidden files or folders count as images, or a file does not hold one whole image."""
     for path in map(Path, image_paths(dataset)):
         if path.name.startswith(".") or path.parent.name.startswith("."):
             fail(ValueError, "data", "images without hidden files and folders among them", path)
@@ -145,7 +145,7 @@ def check_files(dataset: Any) -> None:
 
 
 def check_teacher(model: Any) -> None:
-    """Warn of a teacher that no weights were loaded for."""
+    """Warn of a teacher without loaded weights."""
     if model.model.teacher_model.is_random:
         rank_zero_warn(
             "teacher_weights: wanted True, a file, or a checkpoint that brings them, got False and no checkpoint: "
@@ -160,7 +160,7 @@ def check_networks(model: Any) -> None:
 
 
 def check_threshold(model: Any) -> None:
-    """Warn of predictions without verdicts: anomalib's labels are wrong where there is no threshold."""
+    """Warn of predictions without a threshold: anomalib labels them nevertheless."""
     processor = model.post_processor
     if getattr(processor, "enable_thresholding", False) and processor.image_threshold.isnan():
         rank_zero_warn(
@@ -170,7 +170,7 @@ def check_threshold(model: Any) -> None:
 
 
 def tell_counts(trainer: Trainer, model: Any) -> None:
-    """Say how many images there are for what, and warn of a validation that cannot set a useful threshold."""
+    """Say how many images serve which purpose, and warn of a validation that cannot set a useful threshold."""
     judge = model.student_selection.judge
     training, held_out = _dataset(trainer.train_dataloader), _dataset(judge and judge.loader)
     counts = [f"{_length(training)} images to train on", f"{_length(held_out)} held out"]
@@ -208,7 +208,7 @@ def _length(dataset: Any) -> int | str:
 
 
 def check_collation(loaders: Any) -> None:
-    """Warn once of loaders that stretch the images of a batch to the largest, which anomalib's data modules do not."""
+    """Warn of loaders that stretch the images of a batch to the largest one; anomalib's data modules do not."""
     for loader in _as_list(loaders):
         several = getattr(loader, "batch_size", 1) != 1
         if several and any(_keeps_size(leaf.dataset) for leaf in leaves(_dataset(loader))):
@@ -219,7 +219,7 @@ def check_collation(loaders: Any) -> None:
 
 
 def _keeps_size(dataset: Any) -> bool:
-    """Tell whether a data set is anomalib's, and leaves images as large as they are."""
+    """Tell whether a data set is anomalib's and does not resize its images."""
     steps = parts(getattr(dataset, "augmentations", None))
     return isinstance(dataset, AnomalibDataset | PredictDataset) and not any(isinstance(step, Resize) for step in steps)
 
@@ -239,7 +239,7 @@ def check_trainer(trainer: Trainer, model: Any) -> None:
 def check_rivals(trainer: Trainer, model: Any) -> None:
     """Raise where something else changes the weights or their names, or keeps the student from learning.
 
-    Precise batch norm and the selection do the work of an average.
+    Averages are not needed: precise batch norm and the selection serve the same purpose.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging | ModelPruning):
@@ -256,7 +256,7 @@ def check_rivals(trainer: Trainer, model: Any) -> None:
 
 
 def check_arguments(model: Any) -> None:
-    """Raise where a checkpoint would not load, since an argument of the model has a type that is not plain."""
+    """Raise where an argument of the model has a type that a checkpoint cannot load."""
     for argument, value in paths_to_strings(dict(model.hparams)).items():  # as anomalib saves them
         file = io.BytesIO()
         try:
@@ -272,13 +272,13 @@ def check_arguments(model: Any) -> None:
 def check_transform(pre_processor: Any) -> None:
     """Raise unless checkpoints can hold the transform of the images.
 
-    anomalib saves a checkpoint without the transform otherwise, and whoever loads it scores raw pixels.
+    Otherwise anomalib saves the checkpoint without the transform, and the model scores raw pixels once it is loaded.
     """
     if isinstance(pre_processor, PreProcessor) and pre_processor.checkpoint_config().get("transform") is None:
         try:
             transform_to_spec(pre_processor.transform)
         except ValueError as error:
-            wanted = "transforms that a checkpoint can hold (random ones belong into train_augmentations of the data)"
+            wanted = "transforms that a checkpoint can hold (random ones belong in train_augmentations of the data)"
             fail(ValueError, "pre_processor", wanted, error)
 
 
@@ -304,10 +304,10 @@ def check_normalisation(model: Any) -> None:
 
 
 def check_range(model: Any, batch: Any) -> None:
-    """Raise where images were 0 to 255, or normalised already, before the pre-processor has normalised them.
+    """Raise where images had values of 0 to 255, or were normalised, before the pre-processor normalised them.
 
-    Predictors, exports and commands give the model images of 0 to 1, and would find defects in all or in none. The
-    bounds leave room for augmentations.
+    Predictors, exports and commands give the model images of 0 to 1. After a training on other values, it would find
+    defects in all of them or in none. The bounds leave room for augmentations.
     """
     if not isinstance(model.pre_processor, PreProcessor) or _of_images(model) != _of_teacher(model):
         return
@@ -319,13 +319,13 @@ def check_range(model: Any, batch: Any) -> None:
 
 
 def _of_teacher(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation by which the teacher's images were normalised."""
+    """Return the mean and standard deviation with which the teacher's images were normalised."""
     config = pretrained_config(model.model.teacher_model.backbone)
     return tuple(config.mean), tuple(config.std)
 
 
 def _of_images(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return mean and standard deviation by which a pre-processor normalises last, if it does."""
+    """Return the mean and standard deviation of a pre-processor's last normalisation, if it has one."""
     found = [part for part in parts(model.pre_processor.transform) if isinstance(part, Normalize)]
     return (tuple(found[-1].mean), tuple(found[-1].std)) if found else None
 

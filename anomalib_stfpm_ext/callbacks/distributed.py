@@ -19,10 +19,10 @@ from ..errors import fail
 
 
 class StudentSync(LayerSync):
-    """Batch statistics of the student over the batches of all processes (``Trainer(sync_batchnorm=True)``).
+    """Computes the student's batch statistics over the batches of all processes (``Trainer(sync_batchnorm=True)``).
 
-    Lightning's own plugin loses the activations that timm keeps in the batch norms of EfficientNet and its like, and
-    leaves layers of another class behind. The teacher, which is never in training mode, needs none.
+    Lightning's own plugin loses the activations that timm keeps in the batch norms of EfficientNet and others, and
+    leaves layers of another class behind. The teacher is never in training mode, and needs no synchronisation.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StudentSync(LayerSync):
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Put the student's own batch norms back, with what was learnt.
+        """Put the student's own batch norms back, with what they have learnt.
 
         Args:
             model (nn.Module): The ``StfpmExt``.
@@ -77,10 +77,10 @@ class DistributedSetup(Callback):
 def share_images(trainer: Trainer) -> None:
     """Give each image of a test or a validation to one process, as Lightning does for predictions.
 
-    Lightning itself repeats images until all processes have as many, and so falsifies the figures. (Within a fit it
-    must: there DDP communicates in every validation step.)
+    Lightning repeats images until all processes have equally many, which distorts the metrics. (Within a fit this is
+    necessary, since DDP communicates in every validation step.)
 
-    Loaders with samplers of the user's own are left to Lightning, and so are those with fewer images than processes.
+    Loaders with a user's own sampler, or with fewer images than processes, are left to Lightning.
 
     Args:
         trainer (Trainer): Trainer that is about to validate or test.
@@ -104,13 +104,13 @@ def check_strategy(trainer: Trainer, argument: str, otherwise: str) -> None:
 
     Args:
         trainer (Trainer): Trainer in a fit.
-        argument (str): What asks for it.
-        otherwise (str): What that argument may be where it is not so.
+        argument (str): The argument that needs this, for the error.
+        otherwise (str): What the argument may be with any strategy, for the error.
 
     Raises:
         ValueError: If the strategy shards the model.
     """
-    if trainer.strategy.restore_checkpoint_after_setup:  # those that do
+    if trainer.strategy.restore_checkpoint_after_setup:  # by which sharding strategies are known
         wanted = f"a strategy that has the whole student in each process, such as ddp (or {otherwise})"
         fail(ValueError, argument, wanted, type(trainer.strategy).__qualname__)
 

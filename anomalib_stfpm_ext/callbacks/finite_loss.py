@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A guard against losses that are not finite: the training stops where it has diverged, and says what is left of it."""
+"""A guard against losses that are not finite: it stops a training that has diverged, and names the student left."""
 
 import math
 from collections import deque
@@ -23,7 +23,7 @@ class PendingLoss(NamedTuple):
 
     @classmethod
     def send(cls, loss: torch.Tensor, where: str) -> "PendingLoss":
-        """Start the copy of a loss of the step at ``where``."""
+        """Start to copy the loss of a step, which ``where`` describes."""
         if not loss.is_cuda:
             return cls(loss, None, where)
         value = loss.to("cpu", non_blocking=True)  # pinned
@@ -44,7 +44,7 @@ def unread_losses(device: torch.device) -> int:
 
 
 class FiniteLoss(Callback):
-    """Stops a training whose loss is not finite; on CUDA one step later, since nothing waits for the step at work.
+    """Stops a training whose loss is not finite; on CUDA one step later, since nothing waits for the running step.
 
     All losses are read before a student is measured and before checkpoints are saved.
 
@@ -67,9 +67,9 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Start the copy of this step's loss, and read those that have arrived."""
+        """Start to copy this step's loss, and read those that have arrived."""
         del pl_module, batch, batch_idx
-        if not outputs:  # the model has passed over the batch
+        if not outputs:  # the model skipped the batch
             return
         loss: torch.Tensor = outputs["loss"].detach()  # type: ignore[index]
         if trainer.world_size > 1:  # all processes stop at the same step

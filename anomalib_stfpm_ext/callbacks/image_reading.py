@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images of more than 8 bits, which anomalib's data sets would clip, read right in whatever the trainer does."""
+"""Images of more than 8 bits: read correctly in all that a trainer does, where anomalib's data sets clip them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,23 +14,23 @@ from .fit_resource import FitResource
 
 
 class ImageReading(FitResource):
-    """Has loaders of anomalib's data sets read images by :func:`.read_image`, and name a file that is broken.
+    """Makes loaders of anomalib's data sets read images with :func:`.read_image`, and name broken files.
 
-    The loaders are other ones: neither the user's nor his data module and data sets are changed, nor is anomalib.
+    The trainer gets copies of the loaders. The user's loaders, data module and data sets stay unchanged.
     """
 
     def __init__(self) -> None:
         self._loops: list[Any] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Follow the loaders of this stage, before anything asks for them."""
+        """Intercept the loaders of this stage, before anything asks for them."""
         del pl_module
         self._loops = list(_loops(trainer, stage))
         for loop in self._loops:
             intercept_loaders(loop, right_loaders)
 
     def release(self) -> None:
-        """Leave the trainer as it was, since its next model may be another."""
+        """Restore the trainer, whose next model may be another."""
         for loop in self._loops:
             release_loaders(loop)
         self._loops = []

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The learning rate where the user gives none, settled once it is known how many images are held out."""
+"""The learning rate where the user gives none, chosen once the number of held-out images is known."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +18,21 @@ PAPERS_RATE, LARGE_RATE = 0.4, 1.6
 
 
 def default_rate(student: nn.Module, selection: "Selection", precise_bn: bool, held_out: float) -> tuple[float, str]:
-    """Choose four times the paper's learning rate where that is known to do well.
+    """Choose four times the paper's learning rate where that is known to work well, else the paper's.
 
-    Batch norm takes the scale out of the weights before it, and too large a step only increases that scale, so that the
-    next steps are smaller (Arora et al., arXiv 1812.03981). Students without it diverge. Running statistics lag behind
-    large steps, precise ones do not. Where all levels count the same, it wins on some data and loses on other.
+    Batch norm cancels the scale of the weights before it. Too large a step only increases that scale, so that the next
+    steps are relatively smaller (Arora et al., arXiv 1812.03981). Students without batch norm diverge. Running
+    statistics lag behind large steps; precise ones do not. Where all levels count the same, the larger rate is better
+    on some data and worse on other data.
 
     Args:
         student (nn.Module): The student.
         selection (Selection): See :class:`.StfpmExt`.
         precise_bn (bool): Likewise.
-        held_out (float): How many images are held out; infinity where some are, and the number is not known yet.
+        held_out (float): Number of held-out images; infinity where there are some and their number is not yet known.
 
     Returns:
-        tuple[float, str]: The learning rate, and why.
+        tuple[float, str]: The learning rate, and the reason.
     """
     norms = [module for module in student.modules() if isinstance(module, NORMS)]
     if not norms or not all(isinstance(norm, nn.BatchNorm2d) for norm in norms):
@@ -46,9 +47,9 @@ def default_rate(student: nn.Module, selection: "Selection", precise_bn: bool, h
 
 
 class LearningRate(Callback):
-    """Settles the learning rate at the start of a fit, unless the user, a finder or a checkpoint has.
+    """Chooses the learning rate at the start of a fit, unless the user, a finder or a checkpoint has set it.
 
-    It comes after :class:`.StudentSelection`, which holds images out.
+    It runs after :class:`.StudentSelection`, which holds images out.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

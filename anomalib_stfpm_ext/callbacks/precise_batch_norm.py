@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Precise batch norm: a student is judged with the statistics of its own features, not of earlier students'."""
+"""Precise batch norm: a student is judged with the statistics of its own features, not with earlier students'."""
 
 from collections import deque
 from typing import Any
@@ -19,11 +19,10 @@ NUM_IMAGES = 64  # at least, in whole batches; five times as many move the AUROC
 class PreciseBatchNorm(FitResource):
     """Estimates the student's running statistics anew before it is measured, validated, saved and kept.
 
-    Running statistics are an average over the students of the last 10 to 20 steps. At a constant learning rate those
-    differ, and in the first steps the average has not arrived at all. So the student of this step passes over the
-    latest training images, as it was trained on them, and gets the mean of their batches' statistics: "PreciseBN" of Wu
-    and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3. Steps do not use running statistics, so
-    that losses stay what they are.
+    Running statistics average over the students of the last 10 to 20 steps. At a constant learning rate these students
+    differ, and in the first steps the average has not yet converged. So the present student processes the latest
+    training batches again, and gets the mean of their statistics: "PreciseBN" of Wu and Johnson, "Rethinking 'Batch' in
+    BatchNorm", arXiv 2105.07576, section 3. Training steps do not use running statistics, so losses do not change.
     """
 
     def __init__(self) -> None:
@@ -35,7 +34,7 @@ class PreciseBatchNorm(FitResource):
         self._batches.clear()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, since a search for a learning rate may have made steps before.
+        """Start afresh, since a search for a learning rate may have made steps before.
 
         Raises:
             ValueError: If the strategy shards the model.
@@ -48,10 +47,10 @@ class PreciseBatchNorm(FitResource):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batch; of those before, no more than an epoch has, so that a resumed fit has the same ones."""
+        """Keep the latest batches; no more than an epoch has, so that a resumed fit has the same ones."""
         del pl_module, batch_idx
-        self._is_precise = False  # of a batch without a step, too: gradients may be accumulated over several
-        if not outputs:  # a batch that was passed over
+        self._is_precise = False  # also after a batch without a step: gradients may be accumulated over several
+        if not outputs:  # the model skipped the batch
             return
         self._batches.append(batch.image)
         while (
@@ -70,18 +69,18 @@ class PreciseBatchNorm(FitResource):
         self._estimate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Release the images: the student that is kept has its statistics."""
+        """Release the images: the kept student has its statistics."""
         del trainer, pl_module
         self.release()
 
     def _estimate(self, trainer: Trainer, module: Any) -> None:
-        """Estimate them over all processes' images, unless there was no batch since the last time."""
+        """Estimate the statistics over the images of all processes, unless no batch has come since the last time."""
         if not self._batches or self._is_precise:
             return
         tiler = module.model.tiler
         images = [tiler.tile(batch) if tiler else batch for batch in self._batches]
         student = module.model.student_model
-        # A dropout must not change what the training draws.
+        # Dropout must not change the random numbers of the training.
         with trainer.precision_plugin.forward_context(), torch.random.fork_rng(devices=[]):
             update_bn(images, student)
             for statistic in filter(torch.is_floating_point, student.buffers()):

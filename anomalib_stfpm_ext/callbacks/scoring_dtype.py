@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the networks compute in when they score: what the model asks for, or else the trainer."""
+"""The precision in which the networks score: the one that the model, or else the trainer, asks for."""
 
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from ..inference.precision import Precision, dtype_on
 from ..selection.trial import FEWEST_IMAGES, Trial, try_precision
 
 InferencePrecision = Literal["float32", "bfloat16", "float16", "auto"]
-# By the trainer's: that of validation, test and prediction.
+# The precision of validation, test and prediction, by the trainer's.
 OF_TRAINER: dict[str, Precision] = {
     "bf16-mixed": "bfloat16",
     "bf16-true": "bfloat16",
@@ -26,19 +26,19 @@ TRAINING = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class ScoringDtype(Callback):
-    """Has the networks score in the precision that is asked for, and says what it does to scores."""
+    """Makes the networks score in the precision that is asked for, and says how it changes scores."""
 
     def __init__(self) -> None:
         self._plugin: FullPrecision | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the precision; what the model was given goes before the trainer's.
+        """Set the precision; the model's argument takes precedence over the trainer's.
 
-        Under ``bf16-true`` Lightning would round thresholds and normalisation, too. So the trainer computes in float32
-        meanwhile, and the networks alone in bfloat16.
+        Under ``bf16-true``, Lightning would round thresholds and normalisation, too. So the trainer computes in float32
+        meanwhile, and only the networks in bfloat16.
 
         Raises:
-            ValueError: If the trainer's precision is none that the model can be trained or scored in.
+            ValueError: If the model cannot be trained or scored in the trainer's precision.
         """
         model: Any = pl_module
         network = model.model
@@ -47,7 +47,7 @@ class ScoringDtype(Callback):
         if trainer.precision not in allowed:
             fail(ValueError, "precision", f"one of {allowed}", repr(trainer.precision))
         asked = model.asked_precision = asked_precision(model.inference_precision, trainer)
-        if fitting:  # what thresholds and checkpoints will be of
+        if fitting:  # thresholds and checkpoints will be made in this precision
             device_type = trainer.strategy.root_device.type
             usable = asked is not None and dtype_on(asked, device_type) != torch.float32
             network.score_by(network.level_weights, asked if usable else "float32")
@@ -65,7 +65,7 @@ class ScoringDtype(Callback):
             self._plugin, trainer.strategy.precision_plugin = None, self._plugin
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what a precision that was asked for does to the scores of the student that is kept."""
+        """Say how the precision that was asked for changes the kept student's scores."""
         model: Any = pl_module
         selection, precision = model.student_selection, model.model.precision
         is_open = model.inference_precision == "auto"
@@ -82,11 +82,11 @@ def asked_precision(of_model: InferencePrecision | None, trainer: Trainer | None
     """Return the precision that a model, or else its trainer, asks for.
 
     Args:
-        of_model (InferencePrecision | None): The model's.
+        of_model (InferencePrecision | None): The model's argument ``inference_precision``.
         trainer (Trainer | None): The trainer. Defaults to ``None``.
 
     Returns:
-        Precision | None: The precision; ``None`` where that is open.
+        Precision | None: The precision; ``None`` where neither asks for one.
     """
     if of_model is not None:
         return None if of_model == "auto" else of_model
@@ -94,15 +94,15 @@ def asked_precision(of_model: InferencePrecision | None, trainer: Trainer | None
 
 
 def tell(trial: Trial, precision: Precision) -> None:
-    """Say what a precision does to scores, and warn where it may move verdicts."""
+    """Say how a precision changes scores, and warn where it may change verdicts."""
     if trial.is_tolerable:
         rank_zero_info(f"Inference: {precision} is {trial}.")
     elif trial.images >= FEWEST_IMAGES:
-        rank_zero_warn(f"inference_precision: {precision} is {trial}. Verdicts may be other ones; float32 is exact.")
+        rank_zero_warn(f"inference_precision: {precision} is {trial}. Verdicts may differ; float32 is exact.")
 
 
 def tell_other(of_threshold: str, asked: str) -> None:
-    """Warn of scores of another precision than those that threshold and range were set with."""
+    """Warn where scores have another precision than threshold and range."""
     if of_threshold != asked:
         rank_zero_warn(
             f"inference_precision: {asked} is in force, and threshold and range were set in {of_threshold}. Scores "
@@ -111,10 +111,10 @@ def tell_other(of_threshold: str, asked: str) -> None:
 
 
 def check_precision(precision: str | None) -> None:
-    """Raise unless it is one that can be asked for.
+    """Check the argument ``inference_precision``.
 
     Args:
-        precision (str | None): The precision.
+        precision (str | None): Its value.
 
     Raises:
         ValueError: If it is none of :data:`InferencePrecision`.

@@ -32,21 +32,21 @@ class StudentSelection(Callback):
     """Holds good training images out, measures students on them and keeps the best, as the paper's authors do.
 
     The student is measured before each validation within a fit and at the end of each epoch, before checkpoints are
-    saved and early stopping decides. A validation sees the student of its step, and sets its threshold and range. The
-    kept student without any gets them when a checkpoint is written, or when the fit ends.
+    saved and early stopping decides. A validation sees the student of its step, and sets its threshold and range. A
+    kept student without them gets them when a checkpoint is written, or when the fit ends.
 
     Args:
         share (float): Share of the good training images that are held out, below 1; with 0 nothing is measured, and the
             last student is kept.
-        seed (int): Says which ones.
+        seed (int): Seed of their choice.
         selection (Selection): ``"held_out_map"`` keeps the student with the lowest mean anomaly map of the held-out
-            images. ``"synthetic"`` keeps the one that finds most of the anomalies that are made into them, and weighs
-            its levels by how many each one finds.
+            images. ``"synthetic"`` keeps the one that finds most of the synthetic anomalies in them, and weights its
+            levels by how well each of them finds these.
 
     Attributes:
-        students (Students | None): Those of this fit or the last one, if there was something to select.
-        judge (Judge | None): Judges by the held-out images, while a fit lasts that has some.
-        is_fitting (bool): Whether a fit lasts.
+        students (Students | None): The students of this fit or the last one, if it holds images out.
+        judge (Judge | None): Measures students on the held-out images, while a fit runs that has some.
+        is_fitting (bool): Whether a fit runs.
 
     Raises:
         TypeError: If ``share`` is no number.
@@ -67,14 +67,14 @@ class StudentSelection(Callback):
         self.split_seed = self.seed
         self._before: Record | None = None  # the student that a fit begins with, until its first step
         self._resumed: dict[str, Any] | None = None
-        self._choice: Choice | None = None  # of precision, for the student that is kept
-        self.is_fitting = False  # which a finder of Lightning's, that makes steps before, is not
+        self._choice: Choice | None = None  # of precision, for the kept student
+        self.is_fitting = False  # also while a finder of Lightning's makes steps
         self._is_validating = False  # while the post-processor gathers the scores of a validation
-        self._validated_step: int | None = None  # of the last student that is kept and was validated
-        self._saved_step: int | None = None  # of the last student that a checkpoint holds
+        self._validated_step: int | None = None  # of the latest kept student that was validated
+        self._saved_step: int | None = None  # of the latest student in a checkpoint
 
     def __getstate__(self) -> dict[str, Any]:
-        # An export is a pickle of the model: other students and images have no place in it.
+        # An export is a pickle of the model, and needs neither other students nor images.
         return {"share": self.share, "seed": self.seed, "selection": self.selection}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -82,12 +82,12 @@ class StudentSelection(Callback):
 
     @property
     def history(self) -> list[Measurement]:
-        """What was measured, in this order; nothing without :attr:`students`."""
+        """All measurements, in order of time; none without :attr:`students`."""
         return self.students.history if self.students else []
 
     @property
     def best(self) -> Measurement | None:
-        """The measurement of the student that is kept, see :func:`.best_of`; ``None`` before the first."""
+        """The measurement of the kept student, see :func:`.best_of`; ``None`` before the first."""
         return self.students.best if self.students else None
 
     def describe_kept(self) -> str:
@@ -104,13 +104,13 @@ class StudentSelection(Callback):
         """Go on with the students of a checkpoint when the fit starts.
 
         Args:
-            fit (dict[str, Any] | None): What :meth:`state` returned; ``None`` of a fit that held nothing out.
-            step (int): Its training steps.
+            fit (dict[str, Any] | None): What :meth:`state` returned; ``None`` for a fit that held nothing out.
+            step (int): Number of training steps that the checkpoint has behind it.
         """
         self._before, self._resumed, self._saved_step = None, fit, step
         if fit and self.share and "selection" not in fit and self.selection != "held_out_map":
             self.selection = "held_out_map"
-            rank_zero_info("selection: the checkpoint is of a version that knew held_out_map alone, which goes on.")
+            rank_zero_info("selection: the checkpoint's version had held_out_map alone, so the fit goes on with that.")
         if fit is None and self.share and step:
             rank_zero_warn(
                 "held_out_share: the checkpoint comes from a training that held no images out. The selection starts "
@@ -118,7 +118,7 @@ class StudentSelection(Callback):
             )
 
     def state(self) -> dict[str, Any] | None:
-        """Return what resuming needs beside the student that is kept; ``None`` if nothing was held out."""
+        """Return what resuming needs besides the kept student; ``None`` if nothing was held out."""
         if self.students is None:
             return None
         return {
@@ -134,7 +134,7 @@ class StudentSelection(Callback):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit, and what a stage that was broken off has left in metrics."""
+        """Forget an earlier fit, and what an aborted stage has left in metrics."""
         del trainer
         model: Any = pl_module
         for metric in model.modules():
@@ -148,7 +148,7 @@ class StudentSelection(Callback):
         """Take the held-out images out of the training, before Lightning asks for the loader.
 
         Raises:
-            ValueError: If images cannot be held out, or are others than those of the checkpoint that is resumed.
+            ValueError: If images cannot be held out, or not as many as in the checkpoint that is resumed.
         """
         model: Any = pl_module
         self.is_fitting = True
@@ -172,7 +172,7 @@ class StudentSelection(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take exponents, threshold and range back before a step: a callback may save the student that it makes."""
+        """Reset exponents, threshold and range before a step: a callback may save the student that it makes."""
         del trainer, optimizer
         forget_verdict(pl_module)  # type: ignore[arg-type]
         self._before = None
@@ -184,7 +184,7 @@ class StudentSelection(Callback):
             self._is_validating = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep threshold and range with the student, if it is the one that is kept; callbacks may save it soon."""
+        """Record threshold and range if this student is the kept one; callbacks may save it next."""
         del pl_module
         self._is_validating = False
         if trainer.state.fn == TrainerFn.FITTING and self.best and self.best.step == trainer.global_step:
@@ -193,7 +193,7 @@ class StudentSelection(Callback):
             self._validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the student, unless a validation has since its last step.
+        """Measure the student, unless a validation has measured it since its last step.
 
         Raises:
             FloatingPointError: If the measurement is not finite.
@@ -219,7 +219,7 @@ class StudentSelection(Callback):
             rank_zero_info(f"Inference: {self._choice.reason}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the kept student also where there was nothing left to train; tell what was not trained or not saved."""
+        """Leave the kept student even if nothing was left to train; warn of what was not trained or not saved."""
         step = self.best.step if self.best else trainer.global_step
         if trainer.checkpoint_callbacks and self._saved_step != step and not self._before:
             rank_zero_warn(
@@ -234,13 +234,13 @@ class StudentSelection(Callback):
         self._leave_kept(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the kept student where an exception ends the fit: without asking other processes, which may go on."""
+        """Leave the kept student where an exception ends the fit; other processes, which may go on, are not asked."""
         del exception
         if trainer.state.fn == TrainerFn.FITTING:
             self._leave_kept(pl_module)
 
     def before_saving(self, model: "StfpmExt") -> dict[str, torch.Tensor]:
-        """Give the kept student threshold and range, if a fit goes on and it has none, and return what is to be saved.
+        """During a fit, give the kept student threshold and range if it lacks them, and return what to save.
 
         Args:
             model (StfpmExt): The model.
@@ -257,7 +257,7 @@ class StudentSelection(Callback):
         return self.students.to_save()
 
     def _complete(self, trainer: Trainer, model: "StfpmExt", step: int) -> None:
-        """Give the student in the network threshold and range, unless a validation of it has set none."""
+        """Give the student in the network threshold and range, unless it has them or was validated already."""
         if not has_verdict(model) and self._validated_step != step:
             set_verdict(trainer, model)
         self._validated_step = step
@@ -275,7 +275,7 @@ class StudentSelection(Callback):
         self.judge, self.is_fitting = None, False
 
     def _measure(self, trainer: Trainer, module: Any, prog_bar: bool = False) -> None:
-        """Measure the student, unless no step was made since the last time, and log the result."""
+        """Measure the student, if a step was made since the last time, and log the result."""
         if not (self.students and self.judge):
             return
         if not self.history or self.history[-1].step != trainer.global_step:
@@ -299,7 +299,7 @@ class StudentSelection(Callback):
 
 
 def _describe_levels(model: Any) -> str:
-    """Say what the levels of the student in the network count."""
+    """Describe the exponents of the levels of the student in the network."""
     weights = model.model.level_weights
     if not weights:
         return "No level finds them alone, so all count the same."

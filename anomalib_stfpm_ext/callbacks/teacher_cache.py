@@ -26,8 +26,8 @@ from .fit_resource import FitResource
 Features = dict[str, torch.Tensor]
 CacheLocation = Literal["auto", "memory", "disk"]
 AUTO_SHARE = 4  # "auto" takes a quarter of the free memory at most
-# Containers, and jobs of SLURM and systemd, are control groups. Of versions 2 and 1: the folder, the files of limit and
-# usage, and the name of what can be had back.
+# Containers, and jobs of SLURM and systemd, run in control groups. For versions 2 and 1: the folder, the files of limit
+# and usage, and the name of the memory that can be reclaimed.
 _GROUPS, _GROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _GROUP_FILES = {
     "": (".", "memory.max", "memory.current", "inactive_file"),
@@ -48,13 +48,13 @@ class TeacherCache(FitResource):
 
     The key of an image is a hash of its pixels as the network gets them. So an image never gets the features of
     another, wherever it comes from and whatever callbacks do to it. Each of several processes keeps the features of the
-    images that it has met. Checkpoints hold none of them.
+    images that it has seen. Checkpoints do not hold them.
 
     Args:
         location (str): ``"memory"``, or ``"disk"`` for files in the folder for temporary files (``TMPDIR``). The files
-            have no names, so they go with the process, whatever becomes of it. ``"auto"``: memory on a CPU where a
-            quarter of what is free will do, otherwise nothing is kept; nor any longer, where images turn out not to be
-            the same in every epoch, which is an error for the other two.
+            have no names, so they vanish with the process, however it ends. ``"auto"``: memory, on a CPU, if a quarter
+            of the free memory suffices; otherwise nothing is kept. Where images turn out not to be the same in every
+            epoch, ``"auto"`` gives up, and the other two raise an error.
 
     Raises:
         ValueError: If ``location`` is something else.
@@ -70,7 +70,7 @@ class TeacherCache(FitResource):
         return {"location": self.location}  # a copy of the model has no features yet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["location"])  # type: ignore[misc]  # older versions had more in it
+        self.__init__(state["location"])  # type: ignore[misc]  # older versions stored more
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep features.
@@ -80,12 +80,12 @@ class TeacherCache(FitResource):
             pl_module (LightningModule): The model.
 
         Raises:
-            ValueError: If the images are not known to be the same in every epoch.
+            ValueError: If the images are not known to be the same in every epoch, unless the location is ``"auto"``.
         """
         self.release()
         try:
             if self.location == "auto" and trainer.strategy.root_device.type != "cpu":
-                return  # a GPU would fetch the features from here, which nobody has measured
+                return  # a GPU would fetch the features from the host: not measured
             model: Any = pl_module
             judge = model.student_selection.judge
             _check_transform("pre_processor", getattr(model.pre_processor, "transform", None))
@@ -96,7 +96,7 @@ class TeacherCache(FitResource):
             self._give_up(error)
 
     def features(self, images: torch.Tensor, teacher: Callable[[torch.Tensor], Features]) -> Features:
-        """Return the teacher's features of a batch; they are computed where one of the images is new.
+        """Return the teacher's features of a batch; compute them if one of the images is new.
 
         Args:
             images (torch.Tensor): Images ``(B, 3, H, W)`` as the teacher gets them.
@@ -106,9 +106,9 @@ class TeacherCache(FitResource):
             Features: Features ``(B, C, H_l, W_l)`` by level, in the dtype and layout in which the teacher gives them.
 
         Raises:
-            ValueError: If there are more images than there should be, or features do not fit.
+            ValueError: If there are more images than an epoch has, images of several sizes, or not enough memory.
         """
-        if not self._num_images:  # before the start, as a learning rate finder is, or after giving up
+        if not self._num_images:  # before the fit, as in a learning rate finder, or after giving up
             return teacher(images)
         keys = _hashes(images)
         if self._rows.keys() >= set(keys):
@@ -146,7 +146,7 @@ class TeacherCache(FitResource):
         self._rows.update(zip(new, rows, strict=True))
 
     def _allocate(self, features: Features) -> None:
-        """Find room for the features of all images, given those of some."""
+        """Allocate memory for the features of all images, given those of some."""
         of_image = sum(level[0].numel() * level.dtype.itemsize for level in features.values())
         if self.location == "disk":
             size, free = self._num_images * of_image, shutil.disk_usage(tempfile.gettempdir()).free
@@ -175,7 +175,7 @@ class TeacherCache(FitResource):
 
 def _read(level: _Level, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     shape, on_gpu = (len(rows), *level.rows.shape[1:]), device.type == "cuda"
-    features = torch.empty(shape, dtype=level.rows.dtype, pin_memory=on_gpu)  # a new one: the last may be on its way
+    features = torch.empty(shape, dtype=level.rows.dtype, pin_memory=on_gpu)  # the last may be in transfer
     torch.index_select(level.rows, 0, rows, out=features)
     features = features.to(device, non_blocking=on_gpu)
     return features.permute(0, 3, 1, 2) if level.channels_last else features
@@ -203,24 +203,24 @@ def _hash(image: torch.Tensor) -> bytes:
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = torch.Size(shape).numel()
-    with tempfile.NamedTemporaryFile(prefix="stfpm_ext_") as file:  # goes by name at once, in full with its mapping
-        if hasattr(os, "posix_fallocate"):  # or else a full disk is a crash, later
+    with tempfile.NamedTemporaryFile(prefix="stfpm_ext_") as file:  # loses its name here, its content with the mapping
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would crash the process later
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         file.truncate(size * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
 
 def _free_memory() -> int:
-    """Return the memory that is available, in bytes; Linux says."""
+    """Return the available memory in bytes, which Linux reports."""
     if not Path("/proc/meminfo").exists():
         fail(ValueError, "teacher_cache", "an operating system that says how much memory is free", sys.platform)
     return int(min(1024 * _numbers("/proc/meminfo")["MemAvailable"], *_free_in_groups()))
 
 
 def _free_in_groups() -> Iterator[float]:
-    """Iterate over the memory that each limit leaves; pages of files that were not used of late count as free.
+    """Iterate over the bytes that each limit leaves; file pages that were not used lately count as free.
 
-    A limit may be that of the process's own group or of any above it. Within a container, the own one is at the top.
+    A limit may belong to the process's own group or to any above it. Within a container, its own group is at the top.
     """
     yield math.inf
     lines = _GROUPS_OF_PROCESS.read_text().splitlines() if _GROUPS_OF_PROCESS.exists() else []
@@ -235,7 +235,7 @@ def _free_in_groups() -> Iterator[float]:
 
 
 def _numbers(file: str | Path) -> dict[str, int]:
-    """Read a file of the kernel with a name and a number on each line."""
+    """Read one of the kernel's files with a name and a number on each line."""
     lines = (line.replace(":", "").split() for line in Path(file).read_text().splitlines())
     return {line[0]: int(line[1]) for line in lines}
 
@@ -250,7 +250,7 @@ def _check_transform(argument: str, transform: Any) -> None:
 
 
 def _count_images(loader: Any) -> int:
-    """Count the images of a loader; raise where there is no telling, or they are augmented at random."""
+    """Count the images of a loader; raise if they cannot be counted, or are augmented at random."""
     wanted = f"{_WANTED}, in one DataLoader whose images can be counted"
     dataset = getattr(loader, "dataset", None)
     for leaf in leaves(dataset):

@@ -17,13 +17,13 @@ _KNOWN = ("anomalib", "anomalib_stfpm_ext", "lightning")
 
 
 class UnchangedStudent(Callback):
-    """Stops a fit in which another student is validated, or saved, than the one that was measured.
+    """Stops a fit in which the student that is validated or saved is not the one that was measured.
 
-    Averages of weights are often written so: a callback puts them into the network for the validation, and takes them
-    out before the checkpoint. Threshold and range would then be those of a student that nobody keeps.
+    Some callbacks put averaged weights into the network for the validation, and take them out before the checkpoint.
+    Threshold and range would then belong to a student that nobody keeps.
 
-    It comes after :class:`.PreciseBatchNorm`, which changes a student's statistics last, and before
-    :class:`.StudentSelection`, which would keep what it finds in the network.
+    It runs after :class:`.PreciseBatchNorm`, the last to change a student's statistics, and before
+    :class:`.StudentSelection`, which would keep whatever is in the network.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class UnchangedStudent(Callback):
             self._look(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the student that gets threshold and range, and that checkpoints hold."""
+        """Check the student that gets threshold and range, and that checkpoints will hold."""
         if self._seen:
             self._look(trainer, pl_module)
 
@@ -72,7 +72,7 @@ class UnchangedStudent(Callback):
         self._seen = None
 
     def _look(self, trainer: Trainer, module: Any) -> None:
-        """Remember the student, or raise if it is another than the one that was remembered."""
+        """Remember the student, or raise if it differs from the one that was remembered."""
         student: nn.Module = module.model.student_model
         tensors = dict(chain(student.named_parameters(), student.named_buffers()))
         if self._seen is None:

@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what anomalib and timm have to say to each other
+        warnings.simplefilter("ignore", FutureWarning)  # what anomalib's use of timm raises
         from ..console import run_command
         from .parser import make_parser, run
     run_command(make_parser(), run, arguments)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``stfpm-ext convert``: students of the authors' code and checkpoints of anomalib's Stfpm, there and back."""
+"""``stfpm-ext convert``: students of the authors' code and checkpoints of anomalib's Stfpm, in both directions."""
 
 import shlex
 from pathlib import Path

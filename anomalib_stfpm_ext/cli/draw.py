@@ -27,8 +27,8 @@ def levels(
     Args:
         checkpoint: The trained model.
         images: Folder of images, with those in its subfolders.
-        output: Folder for the pictures, which are called as the images are.
-        masks: Folder of masks, in the same subfolders, called as the images are, with or without _mask at the end.
+        output: Folder for the pictures, which are named like the images.
+        masks: Folder of masks, in the same subfolders, named like the images, with or without _mask at the end.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
     """
     model, paths = load_model(checkpoint, teacher_weights=teacher_weights), _images("images", images)
@@ -56,7 +56,7 @@ def histogram(checkpoint: Path, good: Path, defective: Path, output: Path, teach
         checkpoint: The trained model.
         good: Folder of good images, with those in its subfolders.
         defective: Folder of defective images, likewise.
-        output: The picture to be written.
+        output: The picture to write.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
     """
     model = load_model(checkpoint, teacher_weights=teacher_weights)
@@ -76,7 +76,7 @@ def histogram(checkpoint: Path, good: Path, defective: Path, output: Path, teach
 def _read_mask(path: Path) -> Any:
     try:
         mask = read_mask(path)
-    except Exception as error:  # decoders raise all sorts of them
+    except Exception as error:  # decoders raise errors of all kinds
         fail(ValueError, "masks", "masks that can be read", f"{path}: {type(error).__name__}: {error}")
     return mask
 
@@ -99,5 +99,5 @@ def _match_masks(paths: Sequence[Path], images: Path, masks: Path) -> dict[Path,
         if mask:
             matched.append((path, mask))
     if not matched:
-        fail(ValueError, "masks", f"masks of images in {images}, called like them", f"none in {masks}")
+        fail(ValueError, "masks", f"masks of images in {images}, named like them", f"none in {masks}")
     return dict(matched)

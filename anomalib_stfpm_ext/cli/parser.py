@@ -50,7 +50,7 @@ def run(given: dict[str, Any]) -> None:
     """Run the subcommand that was given.
 
     Args:
-        given (dict[str, Any]): What the parser has read.
+        given (dict[str, Any]): The parsed arguments.
     """
     command = given["subcommand"]
     options = given[command]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images in files: which there are, and how their values become 0 to 1, those of more than 8 bits included.
+"""Images in files: which there are, and how their values are scaled to 0 to 1, also those of more than 8 bits.
 
 anomalib reads all images with Pillow's ``convert("RGB")``, which clips gray of more than 8 bits: 16 bits become white,
 floats black.
@@ -36,20 +36,20 @@ OVERSHOOT = 0.01  # of resampling at an edge; images of 0 to 255, or normalised 
 _WANTED = "gray or colour of up to 16 bits, or gray of floats from 0 to 1"
 _TAGS = ExifTags.Base  # TIFF's own
 _SEPARATE, _WHITE_IS_ZERO, _UNCOMPRESSED = 2, 0, 1  # values of TIFF's tags
-_DATA_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PDF"}  # of Pillow's
-_OTHER_PICTURES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".raw"}  # none of Pillow's
+_DATA_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "PDF"}  # Pillow's formats that are no pictures
+_OTHER_PICTURES = {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".raw"}  # unknown to Pillow
 
 
 def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
     """Read an image: one of 8 bits as anomalib does, others scaled by the range of their type.
 
     The scale depends on the file's format alone: 65535 for 16 bits, 4095 for a TIFF of 12 bits, the maximum that a PGM
-    declares. It does not depend on the values, nor on what TIFF says of them (``MaxSampleValue``, which is a picture's
-    own maximum): a score must not depend on how bright the brightest pixel is. PNG has its values fill 16 bits.
+    declares. It depends neither on the values nor on TIFF's ``MaxSampleValue``, which is a picture's own maximum: a
+    score must not depend on how bright the brightest pixel is. Values in a PNG fill all 16 bits.
 
     Args:
         path (str | Path): The file.
-        argument (str): What the caller's errors call it. Defaults to ``"image"``.
+        argument (str): The name of the argument for errors. Defaults to ``"image"``.
 
     Returns:
         torch.Tensor: The image ``(3, H, W)``, float32 of 0 to 1.
@@ -67,7 +67,7 @@ def read_image(path: str | Path, argument: str = "image") -> torch.Tensor:
         pixels = np.asarray(picture)
         inverted = _tag(picture, _TAGS.PhotometricInterpretation) == _WHITE_IS_ZERO
     values = pixels.astype(np.float64)
-    # From 0 to 255 on as torchvision does it, so that a picture gives the same bits in 8 bits.
+    # First to 0 to 255 and then as torchvision does, so that the 8-bit copy of a picture gives identical values.
     gray = torch.from_numpy((white - values if inverted else values) * 255 / white).float() * (1 / 255)
     if not in_range(gray):
         fail(ValueError, argument, "floats from 0 to 1", f"{path}: {values.min():g} to {values.max():g}")
@@ -84,12 +84,12 @@ def _opened(path: str | Path, argument: str, wanted: str = "an image that can be
         with Image.open(path) as picture:
             check_picture(picture, path)
             yield picture
-    except Exception as error:  # decoders raise all sorts of them
+    except Exception as error:  # decoders raise errors of all kinds
         fail(ValueError, argument, wanted, f"{path}: {type(error).__name__}: {error}")
 
 
 def in_range(image: torch.Tensor) -> bool:
-    """Tell whether values are those of an image of 0 to 1, but for what resampling overshoots.
+    """Tell whether the values of an image are from 0 to 1, up to the overshoot of resampling.
 
     Args:
         image (torch.Tensor): The image.
@@ -109,7 +109,7 @@ def check_image(image: torch.Tensor) -> None:
 
     Raises:
         TypeError: If it is no tensor of floats.
-        ValueError: If its shape or its range is another.
+        ValueError: If its shape or its range is wrong.
     """
     wanted = "an image (3, H, W) of floats from 0 to 1, not normalised (the model does that)"
     if not isinstance(image, torch.Tensor):
@@ -123,7 +123,7 @@ def check_image(image: torch.Tensor) -> None:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Find the images in a folder and its subfolders, but no hidden ones, nor what is in hidden folders.
+    """Find the images in a folder and its subfolders, except hidden ones and those in hidden folders.
 
     Args:
         folder (Path): The folder.
@@ -135,20 +135,20 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_junk(path: Path, root: Path) -> bool:
-    """Tell whether a path is hidden, as those are that systems and tools leave behind, or no file.
+    """Tell whether a path is hidden, as files are that systems and tools leave behind, or no file.
 
     Args:
         path (Path): The path.
         root (Path): A folder above; its own name does not count.
 
     Returns:
-        bool: Whether it, or a folder between the two, has a name with a dot in front, or it is no file.
+        bool: Whether its name, or that of a folder between the two, begins with a dot, or it is no file.
     """
     return any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file()
 
 
 def looks_like_picture(path: Path) -> bool:
-    """Tell whether a path is that of a picture, by its name, but none that anomalib takes for an image.
+    """Tell by its name whether a file is a picture, but not an image that anomalib reads.
 
     Args:
         path (Path): The path.
@@ -166,13 +166,13 @@ def _other_pictures() -> set[str]:
 
 
 def passed_over(paths: Iterable[Path]) -> str:
-    """Say which files look like pictures, but are not taken for images.
+    """Say which files look like pictures, but are not read as images.
 
     Args:
         paths (Iterable[Path]): Any paths.
 
     Returns:
-        str: How many there are by suffix, and what is taken; empty if there are none.
+        str: How many there are by suffix, and which suffixes are read; empty if there are none.
     """
     counts = Counter(path.suffix.lower() for path in paths if looks_like_picture(path))
     files = ", ".join(f"{count} file{'s' * (count > 1)} of {suffix}" for suffix, count in sorted(counts.items()))
@@ -180,16 +180,16 @@ def passed_over(paths: Iterable[Path]) -> str:
 
 
 def read_right(dataset: Any) -> Any:
-    """Make the same data set, that reads images by :func:`read_image` where it is one of anomalib's.
+    """Copy a data set so that it reads images with :func:`read_image`, where it is one of anomalib's.
 
     Args:
         dataset (Dataset): A data set, which is not changed.
 
     Returns:
-        Dataset: The other; data sets that read images in a way of their own are returned as they are.
+        Dataset: The copy; data sets that read images in their own way are returned as they are.
 
     Raises:
-        ValueError: If anomalib has made synthetic anomalies of images of more than 8 bits, which it clips.
+        ValueError: If anomalib makes synthetic anomalies in images of more than 8 bits, which it clips.
     """
     return replace_leaves(dataset, _read_right)
 
@@ -209,10 +209,10 @@ def refuse_deep(dataset: Any, where: str) -> None:
 
     Args:
         dataset (Any): Any data set.
-        where (str): Says for the error when others will not do.
+        where (str): Says for the error where other images cannot be used.
 
     Raises:
-        ValueError: If it has some.
+        ValueError: If it has such images.
     """
     for path in image_paths(dataset):
         with Image.open(path) as picture:
@@ -221,7 +221,7 @@ def refuse_deep(dataset: Any, where: str) -> None:
 
 
 class _LabelledImages(AnomalibDataset):
-    """A data set of anomalib that reads images of more than 8 bits right, and names a file that is broken."""
+    """A data set of anomalib that reads images of more than 8 bits correctly, and names broken files."""
 
     def __init__(self, source: AnomalibDataset) -> None:
         self.__dict__.update(vars(source))
@@ -234,7 +234,7 @@ class _LabelledImages(AnomalibDataset):
         plain.augmentations = None
         try:
             item = super(_LabelledImages, plain).__getitem__(index)
-        except Exception as error:  # decoders raise all sorts of them
+        except Exception as error:  # decoders raise errors of all kinds
             read_image(sample.image_path, "data")  # raises, unless it is the mask that is broken
             fail(ValueError, "data", "a mask that can be read", f"{sample.mask_path}: {type(error).__name__}: {error}")
         if deep:
@@ -247,7 +247,7 @@ class _LabelledImages(AnomalibDataset):
 
 
 class _Images(PredictDataset):
-    """anomalib's data set of pictures without labels, likewise."""
+    """Likewise, anomalib's data set of images without labels."""
 
     def __init__(self, source: PredictDataset) -> None:
         self.__dict__.update(vars(source))
@@ -259,7 +259,7 @@ class _Images(PredictDataset):
 
 
 def image_paths(dataset: Any) -> Iterator[str | Path]:
-    """Iterate over the files of anomalib's data sets; others have none that are known.
+    """Iterate over the files of anomalib's data sets; the files of others are not known.
 
     Args:
         dataset (Any): Any data set, or nest of them.
@@ -275,7 +275,7 @@ def image_paths(dataset: Any) -> Iterator[str | Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raise where a file does not hold one whole image: without decoding, as all images of a data set are looked at.
+    """Raise where a file does not hold one whole image. It is not decoded, since a data set has many files.
 
     Args:
         path (Path): The file.
@@ -301,9 +301,9 @@ def is_deep(path: str | Path) -> bool:
 
 
 def _white(picture: Image.Image) -> float | None:
-    """Return the value of white in a picture of more than 8 bits, ``None`` in others; raise where there is no telling.
+    """Return the value of white in a picture of more than 8 bits, ``None`` in others; raise where it is unknown.
 
-    Colour of 16 bits is one of the others: Pillow scales it to 8.
+    Colour of 16 bits counts among the others, since Pillow scales it to 8.
     """
     bits = _tag(picture, _TAGS.BitsPerSample) or 16
     if (
@@ -323,20 +323,20 @@ def _white(picture: Image.Image) -> float | None:
     if picture.mode == "F":
         return 1.0
     if picture.mode == "I":
-        msg = f"wanted {_WANTED}, got integers that have a sign, or 32 bits: where white is there is no telling"
+        msg = f"wanted {_WANTED}, got integers that have a sign, or 32 bits: their value of white is unknown"
         raise ValueError(msg)
     return None
 
 
 def _tag(picture: Image.Image, tag: int) -> int | None:
-    """Return a tag of a TIFF: of several numbers, the first."""
+    """Return a tag of a TIFF, or the first of its numbers."""
     value = getattr(picture, "tag_v2", {}).get(tag)
     return value[0] if isinstance(value, tuple) else value
 
 
 @cache
 def _tell_scale(white: float) -> None:
-    """Say in the log, once, what counts as white; of several processes that load images, the first says it."""
+    """Log once what counts as white; of several processes that load images, only the first does."""
     worker = get_worker_info()
     if worker is None or worker.id == 0:
         logger.warning(

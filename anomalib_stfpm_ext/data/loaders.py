@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loaders like a given one: of other images, or that read the same images right."""
+"""Copies of loaders: with other images, or with the same images read correctly."""
 
 from typing import Any
 
@@ -11,33 +11,33 @@ from .images import read_right, refuse_deep
 
 
 def same_loader(loader: DataLoader[Any], dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
-    """Make a loader of other images.
+    """Copy a loader, with other images.
 
     Args:
         loader (DataLoader): A loader with a batch size.
         dataset (Dataset): The images.
-        settings (Any): What becomes different, and the sampler's settings; the rest is the given loader's.
+        settings (Any): Settings that differ, and those of the sampler; all others are the given loader's.
 
     Returns:
-        DataLoader: The loader.
+        DataLoader: The copy.
     """
     same = ["batch_size", "num_workers", "collate_fn", "pin_memory", "worker_init_fn", "in_order"]
-    if settings.get("num_workers", loader.num_workers):  # those of the workers
+    if settings.get("num_workers", loader.num_workers):  # settings of the workers
         same += ["timeout", "multiprocessing_context", "prefetch_factor", "persistent_workers"]
     return DataLoader(dataset, **{**{name: getattr(loader, name) for name in same}, **settings})
 
 
 def right_loaders(loaders: Any) -> Any:
-    """Make loaders that read images by :func:`.read_image` where the data sets are anomalib's.
+    """Copy loaders so that they read images with :func:`.read_image`, where the data sets are anomalib's.
 
     Args:
         loaders (Any): A loader, or several in a list, a dict or a ``CombinedLoader``. None is changed.
 
     Returns:
-        Any: The others in the same structure; those of data sets that read in a way of their own as they are.
+        Any: The copies in the same structure; loaders of other data sets are returned as they are.
 
     Raises:
-        ValueError: If there are images of more than 8 bits in a loader that cannot be made again.
+        ValueError: If there are images of more than 8 bits in a loader that cannot be copied.
     """
     if isinstance(loaders, list | tuple):
         return [right_loaders(loader) for loader in loaders]
@@ -55,13 +55,13 @@ def right_loaders(loaders: Any) -> Any:
 
 
 def check_splittable(loader: Any) -> Any:
-    """Check that the images of a loader can be split, and that :func:`same_loader` can make another of it.
+    """Check that the images of a loader can be split, and that :func:`same_loader` can copy it.
 
     Args:
         loader (Any): Should be a plain ``DataLoader`` with a batch size, whose sampler takes each image once.
 
     Returns:
-        Any: The same.
+        Any: The loader.
 
     Raises:
         ValueError: If it is something else.

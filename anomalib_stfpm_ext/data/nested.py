@@ -15,15 +15,15 @@ Indices = NDArray[np.int64]
 
 
 class Leaf(NamedTuple):
-    """A data set that is neither ``Subset`` nor ``ConcatDataset``, and what the whole has of it."""
+    """A data set that is neither ``Subset`` nor ``ConcatDataset``, and those of its items that are in the nest."""
 
     dataset: Any
-    indices: Indices  # (N,), of its items that the whole has; none of a data set without a length
-    positions: Indices  # (N,), of the same items in the whole
+    indices: Indices  # (N,), of these items in the data set; empty for a data set without a length
+    positions: Indices  # (N,), of the same items in the nest
 
 
 def leaves(dataset: Any) -> Iterator[Leaf]:
-    """Iterate over the data sets that a nest of them is made of.
+    """Iterate over the innermost data sets of a nest.
 
     Args:
         dataset (Any): Any data set, or whatever else a loader may have.
@@ -31,7 +31,7 @@ def leaves(dataset: Any) -> Iterator[Leaf]:
     Yields:
         Leaf: A data set, in the order of the nest; one that is in several places comes several times.
     """
-    has_length = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)  # of some, it raises
+    has_length = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)  # where len() may raise
     everything = np.arange(len(dataset) if has_length else 0)
     yield from _leaves(dataset, everything, everything)
 
@@ -49,14 +49,14 @@ def _leaves(dataset: Any, indices: Indices, positions: Indices) -> Iterator[Leaf
 
 
 def replace_leaves(dataset: Any, replace: Callable[[Any], Any]) -> Any:
-    """Make the same nest of other data sets.
+    """Copy a nest, with other data sets in it.
 
     Args:
         dataset (Any): Any data set, which is not changed.
-        replace (Callable[[Any], Any]): Takes a leaf, and returns what takes its place, which may be the same.
+        replace (Callable[[Any], Any]): Takes a leaf, and returns its replacement, which may be the leaf itself.
 
     Returns:
-        Any: The nest; ``dataset`` itself if all leaves are the same.
+        Any: The copy; ``dataset`` itself if no leaf is replaced.
     """
     if isinstance(dataset, Subset):
         inner = replace_leaves(dataset.dataset, replace)

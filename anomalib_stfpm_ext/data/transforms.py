@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a pre-processor does to an image: which parts it has, and which of the image they leave."""
+"""What a pre-processor does to an image: its parts, and how much of the image they leave."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ Pixels = TypeVar("Pixels", bound=torch.Tensor)
 
 
 def parts(transform: Transform | None) -> Iterator[Transform]:
-    """Iterate over a transform's parts, those of compositions too.
+    """Iterate over a transform's parts, including those of compositions.
 
     Args:
         transform (Transform | None): The transform.
@@ -46,13 +46,13 @@ def steps(transform: Transform | None) -> Iterator[Transform]:
 
 
 def shows_all(pre_processor: Any) -> bool:
-    """Tell whether an image's maps show the whole image, as far as its transforms are known not to move places.
+    """Tell whether maps show the whole image, which is certain where no part of the transform can move places.
 
     Args:
         pre_processor (Any): The model's pre-processor, or ``None``.
 
     Returns:
-        bool: ``False`` where a map laid over the whole image would show places wrong, such as with a crop.
+        bool: ``False`` where a map laid over the whole image might show wrong places, as after a crop.
     """
     return all(isinstance(part, PLACE_KEEPING) for part in parts(getattr(pre_processor, "transform", None)))
 
@@ -65,7 +65,7 @@ def seen(pre_processor: Any, pixels: Pixels) -> Pixels:
         pixels (torch.Tensor): An image ``(C, H, W)``, or a ``torchvision.tv_tensors.Mask``.
 
     Returns:
-        torch.Tensor: What the model's maps are of.
+        torch.Tensor: The pixels that the model's maps show.
     """
     kept = [part for part in steps(getattr(pre_processor, "transform", None)) if not isinstance(part, Normalize)]
     result: Pixels = Compose(kept)(pixels) if kept else pixels

@@ -2,9 +2,9 @@
 
 """Whether a file holds one picture, and the whole of it.
 
-Programs that copy may give a file its full size first. Decoders make gray or smooth areas of what is missing, and say
-nothing, so that half a picture would be scored. JPEG, PNG and compressed TIFF can tell. BMP, PNM, uncompressed TIFF and
-lossy WebP cannot: zeros are values like others there.
+Programs that copy may give a file its full size first. Decoders silently turn what is missing into gray or smooth
+areas, so that half a picture would be scored. In JPEG, PNG and compressed TIFF it is found. In BMP, PNM, uncompressed
+TIFF and lossy WebP it cannot be: zeros are values like others there.
 """
 
 import re
@@ -19,8 +19,7 @@ _TAGS = ExifTags.Base  # TIFF's own
 _PLACES = ((_TAGS.StripOffsets, _TAGS.StripByteCounts), (_TAGS.TileOffsets, _TAGS.TileByteCounts))
 _FREE_ENDS = {1, 50001}  # uncompressed, WebP: their data may end with anything
 _TAIL = 16
-_EMPTY = (bytes(_TAIL), b"\xff" * _TAIL)  # what is not written yet on disks, and on flash memory
-_SMALLER_OR_MASK = 0b101  # of a TIFF's page
+_EMPTY = (bytes(_TAIL), b"\xff" * _TAIL)  # unwritten data on disks, and on flash memory
 
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in compressed data, which hold FF 00 and FF D0 to D7 as well
 _START, _END, _SCAN, _HUFFMAN, _SEQUENTIAL = 0xD8, 0xD9, 0xDA, 0xC4, (0xC0, 0xC1)
@@ -35,7 +34,7 @@ def check_picture(picture: Image.Image, path: str | Path) -> None:
         path (str | Path): Its file.
 
     Raises:
-        ValueError: If there are several pictures in it, or the picture's end is missing, or has a hole.
+        ValueError: If there are several pictures in it, or the picture lacks its end or has a hole.
     """
     count = _count(picture, path)
     if count > 1:
@@ -56,7 +55,7 @@ def check_picture(picture: Image.Image, path: str | Path) -> None:
 def _count(picture: Image.Image, path: str | Path) -> int:
     """Count the pictures in a file, but not their previews, masks and smaller copies."""
     if picture.format == "TIFF":
-        with TiffFile(path) as file:  # Pillow counts no further than to a page that it cannot read
+        with TiffFile(path) as file:  # Pillow stops counting at a page that it cannot read
             return 1 + sum(not (page.is_reduced or page.is_mask) for page in file.pages[1:])
     if picture.format == "MPO":
         return 1 + sum(_is_no_narrower(picture, frame) for frame in range(1, picture.n_frames))  # type: ignore[attr-defined]
@@ -64,11 +63,11 @@ def _count(picture: Image.Image, path: str | Path) -> int:
 
 
 def _is_no_narrower(picture: Image.Image, frame: int) -> bool:
-    """Compare a frame with the first in width: phones add previews and maps, stereo cameras the other eye."""
+    """Tell whether a frame is as wide as the first: phones add previews and maps, stereo cameras the other eye."""
     width = picture.width
     try:
         picture.seek(frame)
-    except Exception:  # programs that edit a JPEG leave a list of previews behind that are gone
+    except Exception:  # some programs that edit a JPEG remove its previews, but not their list
         return False
     is_no_narrower = picture.width >= width
     picture.seek(0)
@@ -76,7 +75,7 @@ def _is_no_narrower(picture: Image.Image, frame: int) -> bool:
 
 
 def _png_is_whole(content: bytes) -> bool:
-    """Tell whether all chunks of a PNG that the picture needs are as they were written, which Pillow does not check."""
+    """Tell whether all critical chunks of a PNG fit their checksums, which Pillow does not check."""
     view, start = memoryview(content), 8
     while start + 12 <= len(content):
         length, kind = unpack_from(">I4s", content, start)
@@ -92,7 +91,7 @@ def _png_is_whole(content: bytes) -> bool:
 
 
 def _tiff_is_whole(picture: Image.Image, path: str | Path) -> bool:
-    """Tell whether all compressed strips or tiles of a TIFF are in the file, and none ends with what is empty."""
+    """Tell whether all compressed strips or tiles of a TIFF are in the file, and none ends in unwritten data."""
     tags = picture.tag_v2  # type: ignore[attr-defined]
     if tags.get(_TAGS.Compression, 1) in _FREE_ENDS:
         return True
@@ -109,7 +108,7 @@ def _tiff_is_whole(picture: Image.Image, path: str | Path) -> bool:
 def _jpeg_is_whole(content: bytes) -> bool:
     """Tell whether a JPEG has its end where its compressed data end; previews in its header have ends of their own."""
     place, data, is_sequential = 2, None, False
-    shortest: dict[int, int] = {}  # by table: what zeros mean
+    shortest: dict[int, int] = {}  # see _shortest_codes
     while found := _MARKER.search(content, place):
         code, place = content[found.end() - 1], found.end()
         if data is not None and content.find(_HOLE, data, found.start()) >= 0:
@@ -130,14 +129,14 @@ def _jpeg_is_whole(content: bytes) -> bool:
 
 
 def _shortest_codes(segment: bytes) -> dict[int, int]:
-    """Return by table what its shortest code, which is of zeros, says of the details of a block; 0 is that none follow.
+    """Return, by Huffman table for details, the symbol of its shortest code, which is all zeros.
 
-    Where it is 0, plain areas are long runs of zeros, which are no hole.
+    Symbol 0 says that no more details of a block follow. Then plain areas are long runs of zeros, which are no hole.
     """
     codes, start = {}, 0
     while start < len(segment):
         num_codes = sum(segment[start + 1 : start + 17])
-        if segment[start] & 16 and num_codes:  # not of brightness
+        if segment[start] & 16 and num_codes:  # for details, not for brightness
             codes[segment[start] & 15] = segment[start + 17]
         start += 17 + num_codes
     return codes

@@ -21,7 +21,7 @@ else:
 
 
 class ExactExports(Base):
-    """The exports of ``StfpmExt``, before those of ``AnomalibModule``."""
+    """The exports of ``StfpmExt``, which come before those of ``AnomalibModule``."""
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
         """Give verdicts on images of any size, as exports do: those of ``anomalib predict``.
@@ -60,7 +60,7 @@ class ExactExports(Base):
         return path
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
-        """Export the model for ONNX, on the way to OpenVINO, too.
+        """Export the model for ONNX, also as a step to OpenVINO.
 
         Args:
             args: As in ``AnomalibModule.to_onnx``.
@@ -70,11 +70,11 @@ class ExactExports(Base):
             Path: The exported file.
 
         Raises:
-            ValueError: If the pre-processor antialiases otherwise than bilinearly, which no runtime does as torch does.
+            ValueError: If the pre-processor antialiases, but not bilinearly, which no runtime does as torch does.
         """
         self.model.warn_if_untrained()
         if self.pre_processor and self.pre_processor.transform:
-            exportable(self.pre_processor.transform)  # complains here, where torch does not wrap the error in its own
+            exportable(self.pre_processor.transform)  # raises here, since torch would wrap the error in its own
         if self.model.precision != "float32":
             rank_zero_warn(
                 f"inference_precision: threshold and range were set in {self.model.precision}. An export for ONNX or "
@@ -105,7 +105,7 @@ class ExactExports(Base):
             Path: The exported file.
 
         Raises:
-            ValueError: If it is to be compressed to float16, which does not hold the raw scores that the model gives.
+            ValueError: If it is compressed to float16 and gives raw scores, which float16 does not hold.
         """
         if compression_type == CompressionType.FP16 and largest_score(self.post_processor) is None:
             wanted = "another than FP16, since no post-processor normalises scores, or they have not been validated"

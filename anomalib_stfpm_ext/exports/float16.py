@@ -14,7 +14,7 @@ from ..torch_model import StfpmExtModel
 
 
 def largest_score(post_processor: PostProcessor | None) -> float | None:
-    """Return by which score an export's results are divided, as far as its post-processor does that.
+    """Return the score by which an export's results are divided, if its post-processor divides them.
 
     Args:
         post_processor (PostProcessor | None): The model's.

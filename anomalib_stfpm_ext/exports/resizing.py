@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Photographs become smaller in exports as they do in ``anomalib predict``: with antialiasing."""
+"""Exports shrink photographs as ``anomalib predict`` does: with antialiasing."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, No
 from ..data.transforms import steps
 from ..errors import fail
 
-# Whatever torchvision takes: mode, its name or PIL's number. The nearest are never antialiased.
+# Whatever torchvision takes: mode, its name or PIL's number. The nearest modes are never antialiased.
 BILINEAR = (InterpolationMode.BILINEAR, "bilinear", 2)
 NEAREST = (InterpolationMode.NEAREST, "nearest", 0, InterpolationMode.NEAREST_EXACT, "nearest-exact")
 
@@ -22,8 +22,8 @@ def pre_process(pre_processor: PreProcessor | None, images: torch.Tensor) -> tor
     """Transform images as ``anomalib predict`` does.
 
     anomalib 2.7.0's ``PreProcessor.forward``, which serves exports alone, switches the antialiasing off, so that the
-    checkpoint's threshold does not fit. Where a later one leaves it on, this goes, and ``ExactExports.forward`` keeps
-    :func:`exportable` alone.
+    checkpoint's threshold does not fit. Once a later version leaves it on, this function can go, and
+    ``ExactExports.forward`` needs :func:`exportable` alone.
 
     Args:
         pre_processor (PreProcessor | None): The model's. One with a ``forward`` of its own is called as it is.
@@ -33,7 +33,7 @@ def pre_process(pre_processor: PreProcessor | None, images: torch.Tensor) -> tor
         torch.Tensor: Images of the size of the model's input.
 
     Raises:
-        ValueError: If ONNX has no way to resize like this.
+        ValueError: If ONNX cannot resize like this.
     """
     if pre_processor is None:
         return images
@@ -74,7 +74,7 @@ def exportable(transform: Transform) -> nn.Module:
         transform (Transform): The transform, which stays as it is.
 
     Returns:
-        nn.Module: One with the same results.
+        nn.Module: A module with the same results.
 
     Raises:
         ValueError: If it antialiases, but not bilinearly.
@@ -95,8 +95,8 @@ def exportable(transform: Transform) -> nn.Module:
 class MatrixResize(nn.Module):
     """``Resize`` as two matrix multiplications.
 
-    OpenVINO 2026.4 passes over the ``antialias`` of ONNX's ``Resize`` in silence, and opset 14, which anomalib asks
-    for, has none.
+    OpenVINO 2026.4 silently ignores the ``antialias`` of ONNX's ``Resize``, and opset 14, which anomalib asks for, has
+    none.
 
     Args:
         resize (Resize): A bilinear one, with antialias.
@@ -113,7 +113,7 @@ class MatrixResize(nn.Module):
             images (torch.Tensor): Images ``(B, C, H, W)``.
 
         Returns:
-            torch.Tensor: Those of the other size.
+            torch.Tensor: The resized images.
         """
         size = self.without_antialias(images).shape[-2:]  # torchvision's choice; exporters drop the images themselves
         return resize_by_matrices(images, size)
@@ -142,6 +142,6 @@ def _triangles(images: torch.Tensor, before: int, after: int) -> tuple[torch.Ten
     new, old = (2 * torch.arange(size, device=images.device) + 1 for size in (after, before))
     distance = (old * after - new[:, None] * before).abs()
     width = 1 + torch.maximum(old[-1], new[-1])  # twice the larger size, which tracing may know as a tensor only
-    # Of floats, since OpenVINO 2025.4 makes 0 of all 64-bit integers that it clamps.
+    # In floats, since OpenVINO 2025.4 turns all 64-bit integers that it clamps into 0.
     weights = (width - distance).to(images.dtype).relu() / width
     return weights, weights.sum(dim=1, keepdim=True)

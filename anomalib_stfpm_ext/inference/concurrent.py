@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Networks at the same time, where torch has a thread for each of them."""
+"""Runs networks at the same time, where torch has a thread for each of them."""
 
 import platform
 from collections.abc import Callable, Sequence
@@ -17,15 +17,15 @@ Result = TypeVar("Result")
 def can_run_concurrently(device: torch.device, count: int) -> bool:
     """Tell whether :func:`run_concurrently` pays on a device.
 
-    With fewer computations than threads, each of them would need several, and torch's pool cannot be parted. Only
-    x86-64 with two threads has been measured.
+    With fewer computations than threads, each of them would need several threads, and torch's pool cannot be divided.
+    Only x86-64 with two threads has been measured.
 
     Args:
         device (torch.device): Where the computations run.
         count (int): How many there are.
 
     Returns:
-        bool: Whether it does.
+        bool: Whether it pays.
     """
     is_measured = native.is_built and device.type == "cpu" and platform.machine() == "x86_64"
     return is_measured and 2 <= torch.get_num_threads() <= count
@@ -37,18 +37,18 @@ def run_concurrently(computations: Sequence[Callable[[], Result]]) -> list[Resul
     Threads that share a network wait for each other after every layer. With a network each, they wait once.
 
     Note:
-        torch's profiler follows the caller's thread alone, and so sees a part of them.
+        torch's profiler follows the caller's thread alone, so it misses some of the computations.
 
     Args:
         computations (Sequence[Callable]): The computations.
 
     Returns:
-        list: What they return.
+        list: Their results, in the same order.
     """
     run = partial(_without_gradients, torch.is_inference_mode_enabled())
     return native.run_all([partial(run, computation) for computation in computations], torch.get_num_threads())
 
 
 def _without_gradients(inference: bool, computation: Callable[[], Result]) -> Result:
-    with torch.inference_mode(inference), torch.no_grad():  # modes are each thread's own
+    with torch.inference_mode(inference), torch.no_grad():  # each thread has modes of its own
         return computation()

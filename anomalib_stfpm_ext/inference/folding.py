@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The inference copy of a network, of fewer steps: batch norms, sums and activations go into convolutions."""
+"""The inference copy of a network, with fewer steps: batch norms, sums and activations go into convolutions."""
 
 import copy
 import logging
@@ -23,9 +23,9 @@ from .pooling import InferenceMaxPool2d, is_plain
 
 logger = logging.getLogger(__name__)
 
-# Double precision takes long for large images.
+# Large images would take long in double precision.
 _PROBE_SIDE = 256
-# What oneDNN applies to the result of a convolution, by its name there and with its numbers.
+# Activations that oneDNN can apply to the result of a convolution: its name for each, and its parameters.
 _ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
 
 @cache
 def why_not_packed() -> str | None:
-    """Say why convolutions on a CPU do not keep their weights in oneDNN's layout, the fastest way.
+    """Say why convolutions on a CPU do not keep their weights in oneDNN's layout, which is the fastest way.
 
     Returns:
         str | None: The reason, or ``None`` if they do.
@@ -52,33 +52,34 @@ def why_not_packed() -> str | None:
 def fold(network: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Module | None:
     """Return the inference copy of a network, whose batch norms are folded into the convolutions before them.
 
-    On a CPU, convolutions also add the shortcut and apply the activation that follow them, and their weights are in
-    oneDNN's layout already.
+    On a CPU, convolutions also add the shortcut and apply the activation that follow them, and keep their weights in
+    oneDNN's layout.
 
-    Which modules follow each other is taken from their order, or from a trace; both may be wrong. So the copy is used
-    only if its features of an image, in double precision, differ from the network's by roundings alone. Where a faster
-    copy cannot be made, the log says so once, and why.
+    The order of modules, or a trace, tells which of them follow each other; both may be wrong. So the copy is used only
+    if its features of an image, in double precision, equal the network's up to rounding. Where a faster copy cannot be
+    made, the log says so once, with the reason.
 
     Args:
         network (nn.Module): The network, in evaluation mode, which returns a list of features.
         images (torch.Tensor): Images ``(B, C, H, W)``, on which the copy is tried.
-        dtype (torch.dtype): Of weights and features of the copy. Batch norms that stay keep theirs. Defaults to
+        dtype (torch.dtype): Dtype of the copy's weights and features. Batch norms that remain keep theirs. Defaults to
             ``torch.float32``.
 
     Returns:
-        nn.Module | None: The copy; where no copy is right, the network itself, or ``None`` if its dtype is another.
+        nn.Module | None: The copy; where no copy is right, the network itself, or ``None`` if its dtype is not
+            ``dtype``.
     """
     fallback = network if dtype == images.dtype else None
     try:
         exact = copy.deepcopy(network).cpu().double()
-    except RuntimeError as error:  # of networks that keep what they have computed with gradients
+    except RuntimeError as error:  # a network that keeps results with gradients cannot be copied
         _tell("no inference copy is made, which is slower", error)
         return fallback
     channels, *size = images.shape[1:]
     try:
         probe = _make_probe(channels, *(min(side, _PROBE_SIDE) for side in size))
         expected = exact(probe)
-    except Exception:  # of networks for images of one size
+    except Exception:  # the network wants images of one size
         probe = _make_probe(channels, *size)
         expected = exact(probe)
     on_cpu = images.device.type == "cpu"
@@ -95,13 +96,13 @@ def fold(network: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.fl
                 folded.forward(images.to(dtype))
                 return folded
             _tell(without, "the copy's features are not the network's")
-        except Exception as error:  # of modules that cannot be traced, or want their convolutions' weights
+        except Exception as error:  # modules cannot be traced, or read their convolutions' weights
             _tell(without, error)
     return fallback
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Have a network compute in a dtype; of batch norms, whose variances may be tiny, only the results are of it."""
+    """Make a network compute in a dtype; batch norms, whose variances may be tiny, only return results in it."""
     for module in network.modules():
         if not isinstance(module, nn.BatchNorm2d):
             for tensor in own_tensors([module]):
@@ -126,12 +127,12 @@ def _make_probe(*shape: int) -> torch.Tensor:
 
 
 def _merge_norms(network: nn.Module) -> nn.Module:
-    """Merge each batch norm into the convolution that stands before it."""
+    """Merge each batch norm into the convolution before it."""
     for module in list(network.modules()):
         for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(convolution, norm))
-                after = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # of timm's norms
+                after = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # in timm's norms
                 setattr(module, norm_name, nn.Sequential(*after) if after else nn.Identity())
     return network
 
@@ -141,7 +142,7 @@ def _pack(network: nn.Module) -> nn.Module:
     network = _merge_norms(network)
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            # No other of timm's own, which compute their weights.
+            # Other convolutions of timm's compute their weights.
             if (
                 isinstance(child, nn.Conv2d)
                 and type(child) in (nn.Conv2d, Conv2dSame)
@@ -155,10 +156,10 @@ def _pack(network: nn.Module) -> nn.Module:
 
 
 def _join_activations(network: nn.Module) -> nn.Module:
-    """Have convolutions add the shortcut and apply the activation that follow, while their results are in the caches.
+    """Make convolutions add the shortcut and apply the activation that follow, while their results are in the caches.
 
     Raises:
-        Exception: Whatever a network raises that cannot be traced, as its flow depends on the images.
+        Exception: Whatever a network raises that cannot be traced, since its flow depends on the images.
     """
     network = _pack(network)
     graph = _trace(network)
@@ -186,7 +187,7 @@ def _join_activations(network: nn.Module) -> nn.Module:
             graph.erase_node(node)
         elif node.target in (operator.add, operator.iadd, torch.add) and len(node.args) == 2 and not node.kwargs:
             for convolution, other in (node.args, node.args[::-1]):
-                # Once, and before the activation: oneDNN knows no other order.
+                # One sum, before the activation: oneDNN knows no other order.
                 if joins(convolution, node) and adds_nothing(convolution) and isinstance(other, fx.Node):
                     with graph.inserting_before(node):
                         joined = graph.call_module(convolution.target, (*convolution.args, other))
@@ -203,7 +204,7 @@ def _join_activations(network: nn.Module) -> nn.Module:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     traced = fx.GraphModule(network, graph)
-    traced.graph.owning_module = None  # or else only the garbage collector would free a copy that is out of date
+    traced.graph.owning_module = None  # otherwise only the garbage collector would free an outdated copy
     return traced
 
 
@@ -230,7 +231,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
 
 def _trace(network: nn.Module) -> fx.Graph:
-    """Trace a network, without what torch's own tracer does to modules of other threads, too."""
+    """Trace a network. torch's own tracer would also affect modules in other threads."""
     graph = fx.Graph()
     tracer = _Tracer(graph)
     tracer.names = {id(tensor): name for name, tensor in (*network.named_parameters(), *network.named_buffers())}
@@ -252,12 +253,12 @@ def _trace(network: nn.Module) -> fx.Graph:
 class PackedConv2d(nn.Module):
     """A convolution that rearranges its weights once and not at every call, as inductor's freezing does.
 
-    oneDNN chooses the layout for the first images' shape; others get the same result, maybe later. Double precision is
-    for the check of the network: the same, by torch.
+    oneDNN chooses the layout for the shape of the first images. Other shapes give the same result, perhaps more slowly.
+    In double precision, which only the check of the copy uses, torch computes the result.
 
     Attributes:
-        pads_as_tensorflow (bool): Whether the result is to have the size of the features, divided by the stride:
-            TensorFlow's "same" padding. oneDNN knows its symmetric half only.
+        pads_as_tensorflow (bool): Whether the result has the size of the features, divided by the stride: TensorFlow's
+            "same" padding. oneDNN pads symmetrically only.
         activation (nn.Module | None): One of :data:`_ACTIVATIONS`, applied to the result.
     """
 

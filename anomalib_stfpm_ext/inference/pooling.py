@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Max pooling in the inference copy: torch's also looks for the place of each maximum, and takes twice as long.
+"""Max pooling in the inference copy: torch's also finds the place of each maximum, and takes twice as long.
 
-Beside convolutions in bfloat16 it would take a fifth of the time of a ResNet.
+With convolutions in bfloat16, torch's would take a fifth of a ResNet's time.
 """
 
 from typing import TypeGuard
@@ -16,15 +16,15 @@ from ..ops.arguments import dtype_name
 
 
 class InferenceMaxPool2d(nn.Module):
-    """Max pooling without gradients on a CPU; other memory layouts than channels_last are torch's.
+    """Max pooling without gradients on a CPU; torch pools features whose memory layout is not channels_last.
 
     Args:
-        pooling (nn.MaxPool2d): torch's, for which :func:`is_plain` holds.
+        pooling (nn.MaxPool2d): torch's module, for which :func:`is_plain` holds.
     """
 
     def __init__(self, pooling: nn.MaxPool2d) -> None:
         super().__init__()
-        self.pooling = pooling.forward  # no child: a trace is to take this module for one step
+        self.pooling = pooling.forward  # no child, so that a trace takes this module for one step
         self.window, self.stride, self.padding = int(pooling.kernel_size), int(pooling.stride), int(pooling.padding)  # type: ignore[arg-type]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

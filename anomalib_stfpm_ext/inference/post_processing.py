@@ -16,18 +16,18 @@ from .threshold import MiddleThreshold
 
 
 class FewPassPostProcessor(PostProcessor):
-    """anomalib's post-processor, whose results it gives bit for bit.
+    """anomalib's post-processor in fewer passes, with the same results bit for bit.
 
     anomalib 2.7 makes ten passes over the map, since its formula also serves exporters and scores without a threshold.
-    On a CPU, with range and threshold, two passes will do, and that formula serves the rest.
+    On a CPU, with range and threshold, two passes suffice; anomalib's formula serves the rest.
     """
 
     @property
     def state_key(self) -> str:
-        """Name of its state in checkpoints, which post-processors of anomalib can go on from, and the other way round.
+        """Name of its state in checkpoints, under which anomalib's post-processor and this one read each other's.
 
         Returns:
-            str: That of anomalib's.
+            str: The name of anomalib's.
         """
         return str(PostProcessor.__qualname__)
 
@@ -38,7 +38,7 @@ class FewPassPostProcessor(PostProcessor):
             predictions (InferenceBatch): Raw maps ``(B, 1, H, W)`` and scores ``(B, 1)``.
 
         Returns:
-            InferenceBatch: Those of 0 to 1, with labels and masks.
+            InferenceBatch: Maps and scores of 0 to 1, with labels and masks.
         """
         limits = self._limits(predictions)
         if limits is None or not self.enable_thresholding:
@@ -83,7 +83,7 @@ class FewPassPostProcessor(PostProcessor):
 
 
 def use_middle_threshold(post_processor: Any) -> None:
-    """Have anomalib's post-processor set the threshold of image scores as :class:`.MiddleThreshold` does.
+    """Make anomalib's post-processor set the threshold of image scores as :class:`.MiddleThreshold` does.
 
     Args:
         post_processor (Any): The post-processor; any other object, or one with a threshold of its own, stays as it is.

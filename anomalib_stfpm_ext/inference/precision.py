@@ -21,8 +21,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 def why_not(precision: Precision, device_type: str) -> str | None:
     """Say why a precision gains nothing on a device.
 
-    Of CPUs, only those with tiles (AMX) gain by it. Measured on an Intel Xeon: without tiles, its AVX-512 instructions
-    for bfloat16 and float16 take 1.4 times as long as those for float32.
+    Of CPUs, only those with tiles (AMX) gain anything. On an Intel Xeon, the AVX-512 instructions for bfloat16 and
+    float16 took 1.4 times as long as those for float32.
 
     Args:
         precision (Precision): The precision.
@@ -50,10 +50,10 @@ def why_not(precision: Precision, device_type: str) -> str | None:
 
 @cache
 def dtype_on(precision: Precision, device_type: str) -> torch.dtype:
-    """Return what to compute in on a device: the precision, or float32 where it gains nothing; tells which, once.
+    """Return the dtype to compute in on a device: the precision's, or float32 where it gains nothing. Say once which.
 
     Args:
-        precision (Precision): The precision that is wanted.
+        precision (Precision): The precision that is asked for.
         device_type (str): Kind of the device, such as ``"cpu"``.
 
     Returns:

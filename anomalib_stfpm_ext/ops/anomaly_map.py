@@ -50,14 +50,14 @@ def anomaly_map(
         )
     memory: tuple[Any, ...] = tuple(out) if keeps_levels else (*out, None)
     amap, score, level_maps = memory
-    if amap.shape[2:] != torch.Size(image_size):  # the operator has the size from the map
+    if amap.shape[2:] != torch.Size(image_size):  # the operator takes the size from the map
         fail(ValueError, "out[0]", f"a map of {tuple(image_size)} pixels", tuple(amap.shape))
     _OPERATORS.anomaly_map_out.default(teacher, student, amap=amap, score=score, level_maps=level_maps, **keywords)
     return tuple(out)
 
 
 def _is_differentiable(teacher: Tensors, student: Tensors) -> bool:
-    """Whether gradients may be wanted. An exported program gives none, whatever mode it was exported in."""
+    """Whether gradients may be needed. An exported program gives none, whatever mode it was exported in."""
     if is_transformed():
         return True
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
@@ -73,8 +73,8 @@ def has_kernel(device: torch.device) -> bool:
 def why_no_kernel(device: torch.device) -> str | None:
     """Say why this build has no kernels that run on a device.
 
-    Of a CUDA device, the answer is found once. ``torch.compile`` cannot follow the search: until it is made, kernels
-    are taken to run there, and an error says if they do not.
+    A CUDA device is tried once. ``torch.compile`` cannot follow the trial: until it was made, kernels are assumed to
+    run, and an error says if they do not.
 
     Args:
         device (torch.device): The device.
@@ -104,7 +104,7 @@ def _try_cuda(index: int) -> str | None:
             held = f"this build holds CUDA code for {native.cuda_architectures} only"
             return f"device {index} has compute capability {capability[0]}.{capability[1]}, and {held}"
         native.try_cuda(index)
-    except Exception as error:  # whatever it is, the scorer's would be the same
+    except Exception as error:  # the scorer would raise the same
         return str(error)
     return None
 
@@ -129,7 +129,7 @@ def check_kernel(device: torch.device) -> None:
 
 
 def _is_exported_without_operators() -> bool:
-    """Whether TorchScript or ONNX, which know no operator of ours, is recording this call."""
+    """Whether TorchScript or ONNX is recording this call; they do not know our operators."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
     return is_tracing()
@@ -181,7 +181,7 @@ def _check_out(
     level_maps: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[list[torch.Tensor], tuple[int, int], Options]:
-    """Check a call with memory of the caller, and return that, the image's size and the options."""
+    """Check a call with the caller's memory, and return this memory, the image's size and the options."""
     if amap.ndim != 4:
         fail(ValueError, "amap", "shape (B, 1, height, width)", tuple(amap.shape))
     out = [amap, score] if level_maps is None else [amap, score, level_maps]

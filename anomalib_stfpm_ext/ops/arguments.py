@@ -17,7 +17,7 @@ from ..errors import fail
 
 MAX_LEVELS = 8
 MAX_PIXELS = 2**40  # of a map: 4 terabytes, and sizes in bytes stay far from overflowing
-# By dtype of the features: that of map and score.
+# The dtype of map and score, by that of the features.
 OUTPUT_DTYPES = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 Combination = Literal["product", "sum", "maximum"]
 COMBINATIONS = get_args(Combination)
@@ -28,7 +28,7 @@ class Options(NamedTuple):
 
     weights: Sequence[float]
     combine: str
-    combine_size: tuple[int, int] | None  # that of the image where there is none
+    combine_size: tuple[int, int] | None  # None for the image's size
     level_maps: bool
 
 
@@ -57,7 +57,7 @@ def check_call(
     names: Sequence[Any] = range(MAX_LEVELS),
     symbols: bool = False,
 ) -> tuple[tuple[int, int], Options]:
-    """Check all arguments of the scorer, once on every way to it. Overlaps of memory are for the compiled one to see.
+    """Check all arguments of the scorer, once for every call. The compiled module finds overlaps of memory.
 
     Args:
         teacher (Sequence): Features of the teacher.
@@ -99,7 +99,7 @@ def check_features(
         names (Sequence): What to call each level in messages: its name or, by default, its index.
 
     Raises:
-        TypeError: If one is not of this kind, or of an unsupported or other dtype than the first.
+        TypeError: If one is not of this kind, or its dtype is unsupported or not the first one's.
         ValueError: If shapes or devices do not fit.
     """
     if len(teacher) != len(student):

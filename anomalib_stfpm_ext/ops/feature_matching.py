@@ -98,7 +98,7 @@ def _refuse(*_: Any) -> NoReturn:
 
 
 def _register(library: Any) -> None:
-    # The scalars are all that is kept for backward: two for each position of each level, (2, positions).
+    # Besides the features, backward needs the scalars: two for each position of each level, (2, positions).
     library.define("feature_matching_loss(Tensor[] teacher, Tensor[] student) -> (Tensor loss, Tensor scalars)")
     library.define(
         "feature_matching_loss_backward(Tensor upstream, Tensor[] teacher, Tensor[] student, Tensor scalars)"

@@ -26,7 +26,7 @@ if is_built:
     __version__, compiler = _core.__version__, _core.compiler
     built_isas, available_isas, selected_isa = _core.built_isas, _core.available_isas, _core.selected_isa
     cuda_architectures = _core.cuda_architectures  # such as "80, 90, 90 (PTX)"; empty where there is no CUDA scorer
-    most_partial_sums = _core.most_partial_sums  # room for so many float64 is what the loss needs on CUDA
+    most_partial_sums = _core.most_partial_sums  # how many float64 the loss needs room for on CUDA
 else:
     cuda_architectures = ""
     warnings.warn(
@@ -68,9 +68,9 @@ class Levels(NamedTuple):
     Args:
         dtype (str): Of the features, by NumPy's name.
         shapes (Sequence[Sequence[int]]): Shape ``(B, C, H, W)`` of each level, 1 to 8 of them.
-        teacher (Sequence[int]): Address of the teacher's features, of each level.
+        teacher (Sequence[int]): Address of the teacher's features at each level.
         teacher_strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
-        student (Sequence[int]): Address of the student's features, of each level.
+        student (Sequence[int]): Address of the student's features at each level.
         student_strides (Sequence[Sequence[int]]): Their strides.
     """
 
@@ -119,7 +119,7 @@ class LossCall(NamedTuple):
 
 
 class PoolingCall(NamedTuple):
-    """One call of the max pooling of features whose channels are neighbours in memory.
+    """One call of max pooling, for features whose channels are neighbours in memory.
 
     Args:
         dtype (str): Of features and maxima, by NumPy's name.
@@ -128,7 +128,7 @@ class PoolingCall(NamedTuple):
         features (int): Address of the features.
         maxima (int): Address of the maxima.
         window (int): Height and width of the window.
-        stride (int): Distance of the windows.
+        stride (int): Distance between windows.
         padding (int): How far windows reach beyond the features, less than the window.
     """
 
@@ -146,8 +146,8 @@ class Gradients(NamedTuple):
     """Memory for the gradients of all levels.
 
     Args:
-        addresses (Sequence[int]): Address of each level's.
-        strides (Sequence[Sequence[int]]): Strides ``(B, C, H, W)`` of each level's, in elements.
+        addresses (Sequence[int]): Address of each level's gradients.
+        strides (Sequence[Sequence[int]]): Their strides ``(B, C, H, W)``, in elements.
     """
 
     addresses: Sequence[int]
@@ -164,7 +164,7 @@ def scorer_call(
         student (Sequence): Likewise.
         outputs (Sequence): Receive map, scores and, if wanted, level maps, as ``output_shapes`` has them; contiguous.
         options (Options): As ``check_call`` returns them.
-        access (Access): Addresses all of them.
+        access (Access): How to address all of them.
 
     Returns:
         ScorerCall: The call.
@@ -191,7 +191,7 @@ def loss_call(teacher: Sequence[Any], student: Sequence[Any], scalars: Any, acce
         teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
         student (Sequence): Likewise.
         scalars (Any): Memory ``(2, positions of all levels)``, contiguous.
-        access (Access): Addresses all of them.
+        access (Access): How to address all of them.
 
     Returns:
         LossCall: The call.
@@ -212,15 +212,15 @@ def _levels(teacher: Sequence[Any], student: Sequence[Any], access: Access) -> L
 
 
 def anomaly_map(call: ScorerCall, num_threads: int) -> None:
-    """Score on the CPU. Outputs that overlap with features or with each other are a ValueError."""
+    """Score on the CPU. Raise a ValueError where outputs overlap with features or with each other."""
     _core.anomaly_map(call, num_threads)
 
 
 def anomaly_map_cuda(call: ScorerCall, scratch: int, queue: CudaQueue) -> None:
     """Enqueue the same.
 
-    ``scratch`` is the address of room for the distances of all levels and, where they are combined at another size than
-    the map's, for the combined map.
+    ``scratch`` is the address of memory for the distances of all levels and, where they are combined at another size
+    than the map's, for the combined map.
     """
     _core.anomaly_map_cuda(call, scratch, *queue)
 
@@ -236,7 +236,7 @@ def feature_matching(call: LossCall, loss: int, num_threads: int) -> None:
 
 
 def feature_matching_cuda(call: LossCall, loss: int, partial_sums: int, queue: CudaQueue) -> None:
-    """Enqueue the same. ``partial_sums`` is the address of room for ``most_partial_sums`` float64."""
+    """Enqueue the same. ``partial_sums`` is the address of memory for ``most_partial_sums`` float64."""
     _core.feature_matching_cuda(call, loss, partial_sums, *queue)
 
 
@@ -256,7 +256,7 @@ def max_pooling(call: PoolingCall, num_threads: int) -> None:
 
 
 def run_all(functions: Sequence[Callable[[], Result]], num_threads: int) -> list[Result]:
-    """Call functions on so many threads, the caller's among them; of what they raise, raise the first."""
+    """Call functions on ``num_threads`` threads, the caller's among them; raise the first error, if any."""
     return _core.run_all(functions, num_threads)
 
 

@@ -26,7 +26,7 @@ def formula(
 
 
 def combine_levels(distances: Tensors, image_size: Sequence[int], options: Options) -> tuple[torch.Tensor, ...]:
-    """State the part of the formula that follows on the levels' distances, each ``(B, 1, H_l, W_l)``."""
+    """State the rest of the formula, which follows from the levels' distances, each ``(B, 1, H_l, W_l)``."""
     level_maps, weighted = [], []
     for distance, weight in zip(distances, options.weights, strict=True):
         level_map = F.interpolate(distance, options.combine_size or image_size, mode="bilinear", align_corners=False)

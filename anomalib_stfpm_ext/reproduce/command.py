@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command: it checks the arguments, and makes the runs that are still to be done, in parallel on several GPUs."""
+"""The command: it checks the arguments, and makes the runs that are still missing, in parallel on several GPUs."""
 
 import inspect
 import signal
@@ -40,21 +40,21 @@ def reproduce(
 
     Args:
         data: MVTecAD, Visa, or Folder for any other in MVTec AD's layout, with images of any kind that anomalib reads.
-        root: Its folder, in any layout that the data module reads. With Folder also that of one category.
+        root: Its folder, in any layout that the data module reads. With Folder, also the folder of one category.
         model: Arguments of StfpmExt.
         categories: Some of its categories, as in [bottle,pill]. Defaults to all that are there.
         seeds: Seeds of the runs, as in [0,1,2]. Defaults to seed 0.
         max_epochs: Epochs to train. Defaults to the paper's 100.
-        precision: The trainer's. bf16-mixed is faster where the machine computes in bfloat16.
+        precision: Precision of the training. bf16-mixed is faster where the machine computes in bfloat16.
         output: Folder of the results. Defaults to results/reproduce/ and the name of the data set.
-        devices: Runs that go on at the same time, each on a GPU of its own. Defaults to the number of GPUs; 1 if none.
+        devices: Number of runs at the same time, each on its own GPU. Defaults to the number of GPUs; 1 if none.
         workers: Processes that load the images of one run. Defaults to its share of the processor cores, up to 8.
 
     Raises:
         FileNotFoundError: If the folder of the data set or the file of weights does not exist.
         ValueError: If an argument is out of range, a category is missing or incomplete, or the output folder holds
-            results of other settings.
-        RuntimeError: If a run fails; the others are made all the same.
+            results with other settings.
+        RuntimeError: If a run fails; the others are still made.
     """
     num_gpus = torch.cuda.device_count()
     devices = max(num_gpus, 1) if devices is None else devices
@@ -77,7 +77,7 @@ def reproduce(
         fail(ValueError, "teacher_weights", "true or a file of weights", False)
     output = output or Path("results/reproduce") / data
     found = find_categories(data, root, categories or [])
-    StfpmExt(**model)  # so that wrong weights are one error now, and those of the internet are fetched once
+    StfpmExt(**model)  # so that wrong weights fail now, and weights from the internet are fetched once
     plan = Plan(data, root, output, found, model, max_epochs, precision, workers)
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as file:
@@ -119,7 +119,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(given: dict[str, Any]) -> None:
-    """Reproduce, and end with SIGTERM's status where that ended a fit.
+    """Reproduce, and exit with SIGTERM's status if that signal ended a fit.
 
     Args:
         given (dict[str, Any]): The arguments of :func:`reproduce` and of ``StfpmExt``.
@@ -128,5 +128,5 @@ def run(given: dict[str, Any]) -> None:
     model = {name: value for name, value in given.items() if name not in own}
     try:
         reproduce(**{name: value for name, value in given.items() if name in own}, model=model)
-    except SIGTERMException:  # of Lightning, and with an exit status of 0
+    except SIGTERMException:  # Lightning's, whose exit status would be 0
         sys.exit(128 + signal.SIGTERM)

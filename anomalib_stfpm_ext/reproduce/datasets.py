@@ -62,7 +62,7 @@ class Category:
             if not num_images:
                 kinds = f" ({', '.join(extensions)})" if extensions else ""
                 fail(ValueError, "root", f"images{kinds} in {role} of {folder}", "none")
-        num_masks = sum(count("ground_truth", defect) for defect in defects)  # some have empty ones of good images too
+        num_masks = sum(count("ground_truth", defect) for defect in defects)  # some have empty ones for good images
         if num_masks not in {0, num_defective}:
             wanted = f"a mask for each of the {num_defective} defective test images of {folder}, or none at all"
             fail(ValueError, "root", wanted, f"{num_masks} masks")
@@ -70,7 +70,7 @@ class Category:
 
 
 def leave_out_junk(folder: Path, view: Path) -> bool:
-    """Make a view of a category without what is hidden, and without folders called like images: anomalib takes all.
+    """Make a view of a category without hidden files and without folders named like images: anomalib reads all.
 
     Args:
         folder (Path): The folder.
@@ -91,7 +91,7 @@ def leave_out_junk(folder: Path, view: Path) -> bool:
 
 
 def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, Category]:
-    """Look for the categories; VisA as it is published is first converted by anomalib, which copies it.
+    """Find the categories; anomalib first converts VisA as it is published, and copies it.
 
     Args:
         data (str): The data set.
@@ -113,7 +113,7 @@ def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, C
         raw = [category for category in VISA_CATEGORIES if (root / category).is_dir()]
         if not base.exists() and raw and split.is_file():
             Visa(root, raw[0]).prepare_data()
-    if data == "Folder" and (root / "train" / "good").is_dir():  # of one category
+    if data == "Folder" and (root / "train" / "good").is_dir():  # a single category
         base = root.resolve().parent
         wanted = wanted or [root.resolve().name]
     # anomalib makes folders for VisA's absent categories too, but leaves them empty.
@@ -126,7 +126,7 @@ def find_categories(data: str, root: Path, wanted: Sequence[str]) -> dict[str, C
     if missing:
         fail(ValueError, "categories", f"some of {', '.join(found)}, which are in {root}", ", ".join(missing))
     categories = {category: Category.check(data, base / category) for category in wanted or found}
-    if data == "Visa" and split.is_file():  # a conversion that was interrupted looks like any other to anomalib
+    if data == "Visa" and split.is_file():  # anomalib does not notice that a conversion was interrupted
         expected = pd.read_csv(split)["object"].value_counts()
         for category, num_expected in expected.reindex(list(categories)).dropna().items():
             files = (base / str(category)).glob("t*/*/*")  # train and test

@@ -35,9 +35,9 @@ from ..metrics import measure
 from .datasets import Category, leave_out_junk
 from .tables import write_tables
 
-# Where StfpmExt's defaults are others.
+# The paper's settings where StfpmExt has other defaults.
 PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False, "lr": PAPERS_RATE}
-# Former arguments of StfpmExt, and what they have become for good.
+# Former arguments of StfpmExt, and the values that they always have now.
 GONE = {
     "momentum": 0.9,
     "weight_decay": 1e-4,
@@ -59,7 +59,7 @@ class Plan:
         categories (dict[str, Category]): The categories by name.
         model (dict[str, Any]): Arguments of :class:`StfpmExt`.
         max_epochs (int): Epochs to train.
-        precision (str): The trainer's.
+        precision (str): Precision of the training.
         workers (int): Processes that load the images of one run.
     """
 
@@ -76,8 +76,8 @@ class Plan:
         """Return what the results depend on, besides category and seed.
 
         Returns:
-            dict[str, Any]: Settings that JSON can express. Of the file of teacher weights it is the content that
-                counts, not the name.
+            dict[str, Any]: Settings that JSON can express. The content of the file of teacher weights counts, not its
+                name.
         """
         teacher = self.model["teacher_weights"]
         if isinstance(teacher, Path):
@@ -90,13 +90,13 @@ class Plan:
         """Write the settings into the output folder, or compare them with what is there.
 
         Raises:
-            ValueError: If the folder has results of other settings.
+            ValueError: If the folder has results with other settings.
         """
         file, settings = self.output / "settings.json", self.settings()
         if not file.exists():
             write_file(file, json.dumps(settings, indent=2))
             return
-        # Arguments that have been added since had their defaults.
+        # Arguments that were added later had their defaults.
         defaults = {name: option.default for name, option in inspect.signature(StfpmExt).parameters.items()}
         defaults |= {"precision": "32-true", **PAPERS_RULES}
         before = {**defaults, **GONE, **json.loads(file.read_text())}
@@ -106,14 +106,14 @@ class Plan:
                 fail(ValueError, name, wanted, value)
 
     def run_folder(self, category: str, seed: int) -> Path:
-        """Return where a run is kept.
+        """Return the folder of a run.
 
         Args:
             category (str): The category.
             seed (int): The seed.
 
         Returns:
-            Path: Its folder.
+            Path: The folder.
         """
         return self.output / category / f"seed_{seed}"
 
@@ -125,8 +125,8 @@ class Plan:
             view (Path): Where links to the images go if there is junk beside them; it lasts as long as the run.
 
         Returns:
-            AnomalibDataModule: anomalib's own for the data set, which insists on masks; otherwise the one for folders.
-                The test images take no part in the training.
+            AnomalibDataModule: anomalib's own for the data set, which requires masks; otherwise ``Folder``. The test
+                images take no part in the training.
         """
         arguments: dict[str, Any] = {"val_split_mode": "none", "num_workers": self.workers}
         found = self.categories[category]
@@ -134,7 +134,7 @@ class Plan:
         if found.masks and not has_junk and self.data != "Folder":
             module = MVTecAD if self.data == "MVTecAD" else Visa
             return module(root=self.root, category=category, **arguments)
-        if found.masks:  # of any folder, or in a view, whose links these modules do not follow
+        if found.masks:  # in any folder, or in a view, whose links the modules above do not follow
             arguments["mask_dir"] = [f"ground_truth/{defect}" for defect in found.defects]
         return Folder(
             name=category,
@@ -192,7 +192,7 @@ class ReproduceJob(Job):
             engine.fit(model, datamodule=datamodule, ckpt_path=checkpoint if resumed else None)
             trained = time.perf_counter()
             chosen = model.student_selection.best
-            # From the checkpoint, which holds the chosen student, also where there was nothing left to train.
+            # From the checkpoint, which holds the chosen student even if nothing was left to train.
             batches = engine.predict(model, datamodule=datamodule, ckpt_path=checkpoint)
             metrics = measure(batches)
             draw_contact_sheet(folder / "contact_sheet.png", batches)
@@ -235,7 +235,7 @@ class ReproduceJob(Job):
 
     @staticmethod
     def save(results: list[dict[str, Any]]) -> None:
-        """Save nothing: each run has, and the tables are made from all that is there.
+        """Save nothing: each run has saved its results, and the tables are made from them.
 
         Args:
             results (list[dict[str, Any]]): Unused.
@@ -244,7 +244,7 @@ class ReproduceJob(Job):
 
 
 class ReproduceJobGenerator(JobGenerator):
-    """Makes the jobs that are still to be done, all categories of a seed before the next seed."""
+    """Makes the jobs that are still missing, all categories of a seed before the next seed."""
 
     @property
     def job_class(self) -> type[Job]:
@@ -279,7 +279,7 @@ def draw_contact_sheet(file: Path, batches: Sequence[ImageBatch]) -> None:
     """Draw some good and some defective images, evenly spread over their scores, each above its heat map.
 
     Args:
-        file (Path): The PNG file to be written.
+        file (Path): The PNG file to write.
         batches (Sequence[ImageBatch]): All test images, with maps, scores and labels.
     """
     scores = torch.cat([batch.pred_score.flatten() for batch in batches])

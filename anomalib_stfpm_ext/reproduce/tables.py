@@ -32,8 +32,8 @@ _MVTEC_AD = {
     "zipper": (0.961, 0.645),
     MEAN: (0.955, 0.893),
 }
-# By data set, source, metric and category. The authors' PRO is the rescaled one. For VisA neither of the two has
-# figures; those are measurements of STFPM by others.
+# By data set, source, metric and category. The authors' PRO is the rescaled one. Neither of the two has figures for
+# VisA; those here were measured by others.
 PUBLISHED: dict[str, dict[str, dict[str, dict[str, float]]]] = {
     "MVTecAD": {
         "paper": {
@@ -60,9 +60,9 @@ def make_table(data: str, runs: pd.DataFrame) -> pd.DataFrame:
         runs (pd.DataFrame): One row for each run.
 
     Returns:
-        pd.DataFrame: A row for each category, one for the mean of these, and one for the mean as published, if it is.
-            There ours stands only if we have all categories, each with what the metric needs. For each metric the
-            published figures, our mean over the seeds, and the standard deviation where there are several.
+        pd.DataFrame: A row for each category, one for their mean, and one for the published mean, if there is one. The
+            last has our figure only if we have all categories, each with what the metric needs. The columns of each
+            metric are the published figures, our mean over the seeds, and the standard deviation over several seeds.
     """
     groups = runs.groupby("category")
     table = pd.DataFrame(index=groups.size().index)
@@ -92,7 +92,7 @@ def make_table(data: str, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_markdown(data: str, table: pd.DataFrame) -> str:
-    """Write the table for people.
+    """Format the table for people.
 
     Args:
         data (str): The data set.
@@ -117,7 +117,7 @@ def to_markdown(data: str, table: pd.DataFrame) -> str:
     notes = ["256x256, raw scores. PRO, rescaled: the authors' measure, biased upward; AUPRO (0.3) is the usual one."]
     if table[[f"{metric} spread" for metric in METRICS]].notna().any(axis=None):
         notes.append("±: standard deviation over the seeds.")
-    without_masks = table.index[table["masks"] == False]  # noqa: E712  # NA, of the means, is neither
+    without_masks = table.index[table["masks"] == False]  # noqa: E712  # the means have NA, which is neither
     if len(without_masks):
         notes.append(f"Without masks, hence without pixel metrics and not in their means: {', '.join(without_masks)}.")
     return "\n".join([*lines, "", *notes, ""])
@@ -133,7 +133,7 @@ def write_tables(data: str, output: Path) -> None:
     runs = pd.DataFrame([json.loads(file.read_text()) for file in sorted(output.glob("*/seed_*/run.json"))])
     if runs.empty:
         return
-    runs[list(METRICS)] = runs[list(METRICS)].astype(float)  # None, where no category has masks
+    runs[list(METRICS)] = runs[list(METRICS)].astype(float)  # None where no category has masks
     table = make_table(data, runs)
     write_file(output / "results.md", to_markdown(data, table))
     write_file(output / "results.csv", table.to_csv(index_label="category"))

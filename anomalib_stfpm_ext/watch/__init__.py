@@ -2,9 +2,9 @@
 
 """Scores images as they arrive in a folder.
 
-The folder is looked at again and again. An image is scored once it has stayed as it is from one look to the next, and a
-file that cannot be read is tried again for a while before it counts as broken. The table of scores is also the memory:
-what stands there is not scored again after a restart.
+The service looks into the folder again and again. It scores an image that has not changed between two looks. A file
+that cannot be read is tried again for a while before it counts as broken. The table of scores is also the memory: what
+is in it is not scored again after a restart.
 """
 
 from .command import make_parser, run

@@ -23,7 +23,7 @@ def make_parser(positional: bool) -> jsonargparse.ArgumentParser:
     """
     parser = jsonargparse.ArgumentParser(prog="python -m anomalib_stfpm_ext.watch")
     parser.add_function_arguments(watch, as_positional=positional, skip={"once"})
-    parser.add_argument("--once", action="store_true", help="End when all that is in the folder is scored.")
+    parser.add_argument("--once", action="store_true", help="End when all images in the folder are scored.")
     return parser
 
 
@@ -36,7 +36,7 @@ def run(given: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         watch(**given)
-    except KeyboardInterrupt:  # how it is meant to end; whatever was not finished is done again after a restart
+    except KeyboardInterrupt:  # the intended end; unfinished work is done again after a restart
         tell("stopped")
         if given["once"]:
             sys.exit(128 + signal.SIGINT)

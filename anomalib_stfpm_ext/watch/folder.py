@@ -48,9 +48,9 @@ class Arrivals:
 
     Args:
         folder (Path): The folder.
-        ignored (Path | None): A folder within that is left alone. Defaults to ``None``.
+        ignored (Path | None): A subfolder that is left out. Defaults to ``None``.
         pattern (str): What the names of files have to match. Defaults to ``"*"``.
-        patience (float): Seconds after which a file that never holds still is told. Defaults to ``5.0``.
+        patience (float): Seconds after which a file that keeps changing is reported. Defaults to ``5.0``.
 
     Attributes:
         passed_over (set[str]): Suffixes of files that look like pictures, but are not taken for images.
@@ -69,8 +69,8 @@ class Arrivals:
         """Look into the folder.
 
         Returns:
-            tuple[dict[Path, Version], dict[Path, Version]]: Those that are as at the last look, the oldest first; and
-                the others.
+            tuple[dict[Path, Version], dict[Path, Version]]: The images that have not changed since the last look, the
+                oldest first; and the others.
 
         Raises:
             OSError: If the folder cannot be read.

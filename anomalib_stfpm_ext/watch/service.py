@@ -42,21 +42,21 @@ def watch(
     Args:
         checkpoint: The trained model: a checkpoint (.ckpt) or an export for torch (.pt).
         folder: The folder, with its subfolders. Images that are already there are scored, too.
-        csv: Where a row is appended for each image, or version of an image. What is in there is not scored again.
-        overlays: Folder for overlays as anomalib makes them, called as the images are.
-        once: End when all that is in the folder is scored.
+        csv: File that gets a row for each image, or version of an image. What is in there is not scored again.
+        overlays: Folder for overlays as anomalib makes them, named like the images.
+        once: End when all images in the folder are scored.
         interval: Seconds between two looks. A file that has changed in between is still being written.
         patience: Seconds for which a file that is not whole, or cannot be read, is tried again before it counts as
             broken.
         device: Where the model runs. Defaults to a GPU if there is one.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
         sensitivity: From 0 to 1, moves the threshold: above 0.5 more images are defective. Defaults to the model's.
-        pattern: Which names of files are taken, such as "cam1_*.png". Those of folders do not matter.
+        pattern: What the names of files have to match, such as "cam1_*.png". Names of folders do not matter.
 
     Raises:
         FileNotFoundError: If the folder or the model does not exist.
-        ValueError: If an argument is out of range, a file is not what it should be, or ``once`` finds no image but
-            pictures of formats that are not read.
+        ValueError: If an argument is out of range, a file is not what it should be, or ``once`` finds only pictures of
+            formats that are not read.
         OSError: If a row or an overlay cannot be written, as on a full disk.
     """
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def watch(
                 lost = True
                 time.sleep(interval)
                 continue
-            pause = max(interval, 4 * (time.monotonic() - began))  # a core's fifth at most, however many files
+            pause = max(interval, 4 * (time.monotonic() - began))  # a fifth of a core at most, however many files
             if lost:
                 tell(f"{folder} is back")
             lost = False
@@ -109,7 +109,7 @@ class Scoring:
 
     Args:
         predictor (Predictor): The trained model.
-        folder (Path): The folder, from which images have their names.
+        folder (Path): The folder, to which names of images are relative.
         table (ScoreTable): The table.
         overlays (Path | None): Folder for overlays, or ``None``.
         patience (float): Seconds for which an image that cannot be read is tried again.
@@ -121,7 +121,7 @@ class Scoring:
         self._predictor, self._folder, self._table = predictor, folder, table
         self._overlays, self._patience = overlays, patience
         self._visualizer = ImageVisualizer()
-        self._failures: dict[tuple[Path, Version], float] = {}  # when each was found unreadable first
+        self._failures: dict[tuple[Path, Version], float] = {}  # when each was first found unreadable
 
     def score(self, settled: Mapping[Path, Version]) -> bool:
         """Give each image a row, unless it has one.
@@ -130,7 +130,7 @@ class Scoring:
             settled (Mapping[Path, Version]): The images of one look.
 
         Returns:
-            bool: Whether all have a row now; others are to be tried again.
+            bool: Whether all have a row now; others have to be tried again.
 
         Raises:
             OSError: If a row or an overlay cannot be written.
@@ -160,7 +160,7 @@ class Scoring:
             row |= _verdict(batch, self._predictor.threshold)
             row["seconds"] = f"{time.perf_counter() - start:.4f}"
             if self._overlays:
-                if not shows_all(self._predictor.pre_processor):  # maps are of what the model sees alone
+                if not shows_all(self._predictor.pre_processor):  # maps show only what the model sees
                     batch.image = seen(self._predictor.pre_processor, batch.image)
                 _save_overlay(self._visualizer, batch, self._overlays / path.relative_to(self._folder), name)
         self._table.append(row | {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")})
@@ -194,10 +194,10 @@ def _verdict(batch: ImageBatch, threshold: float | None) -> dict[str, object]:
 
 
 def _save_overlay(visualizer: ImageVisualizer, batch: ImageBatch, file: Path, name: str) -> None:
-    """Save the overlay of an image, or tell why there is none: the score is there all the same."""
+    """Save the overlay of an image, or say why there is none; the image has its score either way."""
     try:
         picture = visualizer.visualize(batch)
-    except Exception as error:  # of pictures of one pixel, for one
+    except Exception as error:  # such as for pictures of one pixel
         tell(f"{name}: no overlay, {type(error).__name__}: {error}")
     else:
         _save(picture, file)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The table of scores, which is also the memory of the service: what stands there is not scored again."""
+"""The table of scores, which is also the memory of the service: what is in it is not scored again."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ class ScoreTable:
         known (dict[str, Version]): By name, the last version that the table has of each file.
 
     Raises:
-        ValueError: If the file is something else.
+        ValueError: If the file is no such table.
         BlockingIOError: If another process writes to it.
         OSError: If it cannot be read or written.
     """

@@ -31,8 +31,8 @@ Any features_at(const Addresses& addresses, const AllDimensions& strides, size_t
   return {reinterpret_cast<void*>(addresses.at(index)), stride.batch, stride.channels, stride.height, stride.width};
 }
 
-/// Fills in dtype, number of levels, levels without weights, and batch. More levels than the struct has room for are
-/// refused here too, and lists that are shorter by at(), since they would be read or written beyond their end.
+/// Fills in dtype, number of levels, levels without weights, and batch. It refuses more levels than the struct has room
+/// for, and at() refuses lists that are too short: memory beyond the end would be read or written.
 template <class Params>
 void read_levels(const Levels& levels, Params& params) {
   const auto& [dtype, shapes, teacher, teacher_strides, student, student_strides] = levels;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The calls of ops/native.py, which are named tuples, and what they are to the backends. ops/arguments.py has
+// Turns the calls of ops/native.py, which are named tuples, into the structs of the backends. ops/arguments.py has
 // checked all but overlaps.
 
 #pragma once
@@ -44,7 +44,7 @@ std::array<MutableFeatures, kMaxLevels> gradients_from(const Gradients& gradient
 
 }  // namespace stfpm_ext
 
-/// pybind11's own caster for arrays takes any sequence, and twice as long for a whole call.
+/// pybind11's own caster for arrays accepts any sequence, and makes a whole call take twice as long.
 template <>
 struct pybind11::detail::type_caster<stfpm_ext::Dimensions> {
   PYBIND11_TYPE_CASTER(stfpm_ext::Dimensions, const_name("tuple[int, int, int, int]"));

@@ -8,7 +8,7 @@
 
 namespace stfpm_ext {
 
-/// Calls functions on so many threads, and returns what they return; of what they raise, the first.
+/// Calls functions on `num_threads` threads, and returns their results; throws the first error, if any.
 pybind11::list run_all(const std::vector<pybind11::function>& functions, int num_threads);
 
 }  // namespace stfpm_ext

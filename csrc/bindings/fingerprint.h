@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Whether weights have changed, told by a sample of them.
+// A sample of weights, which tells whether they have changed.
 
 #pragma once
 
@@ -14,8 +14,8 @@ namespace stfpm_ext {
 /// Address of a block of memory, its size in bytes, and how many rows of the same size it has.
 using Block = std::array<uint64_t, 3>;
 
-/// Adds up hashes of a word of each row, at places that differ, or of all words where rows are no larger. All of
-/// ResNet18's weights would take as long as its first layer.
+/// Adds up hashes of a word of each row, at places that differ, or of all words where rows are no larger. To hash all
+/// of ResNet18's weights would take as long as its first layer.
 inline uint64_t fingerprint(const Block* blocks, size_t num_blocks) {
   constexpr uint64_t kWord = sizeof(uint64_t), kMix = 0x9e3779b97f4a7c15;
   uint64_t hash = 0, salt = 0;

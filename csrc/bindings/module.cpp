@@ -42,7 +42,7 @@ void pool_on_cpu(const PoolingCall& call, int num_threads) {
   without_gil([&] { max_pooling_cpu(params, num_threads); });
 }
 
-/// Of blocks in an array of unsigned 64-bit numbers, since making a list of them takes longer than the rest.
+/// Takes the blocks in an array of unsigned 64-bit numbers, since to make a list of them takes longer than the rest.
 uint64_t fingerprint_of(const py::buffer& blocks) {
   const py::buffer_info info = blocks.request();
   return fingerprint(static_cast<const Block*>(info.ptr), static_cast<size_t>(info.size) / std::tuple_size_v<Block>);

@@ -6,7 +6,7 @@
 
 namespace stfpm_ext {
 
-/// Throws std::invalid_argument if one of the outputs lies where another or a feature does.
+/// Throws std::invalid_argument if an output overlaps with a feature or another output.
 void check_overlap(const AnomalyMapParams& params);
 
 }  // namespace stfpm_ext

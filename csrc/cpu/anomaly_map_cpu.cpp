@@ -119,7 +119,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     offset.push_back(offset.back() + params.batch * params.levels[index].height * params.levels[index].width);
   const int64_t combined_size =
       combines_in_map(params) ? 0 : params.batch * params.combine_height * params.combine_width;
-  // Padding behind both: who reads a row's neighbours must not meet a thread that writes the combined map.
+  // Padding behind both: a thread that reads past the end of a row must not meet one that writes the combined map.
   const std::unique_ptr<Real[]> distances(
       new Real[static_cast<size_t>(offset.back() + kRowPadding + combined_size + kRowPadding)]);
   Real* const combined = distances.get() + offset.back() + kRowPadding;
@@ -142,7 +142,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
     steps.emplace_back(upsampling_step(params), std::vector<const Real*>{combined});
   }
 
-  // All memory is taken here: a thread of the team has no way to report that there is none.
+  // All memory is taken here: a thread of the team could not report a lack of it.
   const int64_t scratch_size = std::max(steps.front().scratch_size(), steps.back().scratch_size());
   const std::unique_ptr<Real[]> all_scratch(new Real[static_cast<size_t>(num_threads * scratch_size)]);
   std::atomic<int> next_member{0};
@@ -166,7 +166,7 @@ void anomaly_map_of(const AnomalyMapParams& params, int num_threads) {
 }  // namespace
 
 void anomaly_map_cpu(const AnomalyMapParams& params, int num_threads) {
-  kernels();  // throws where STFPM_EXT_ISA names none, which a thread of the team must not
+  kernels();  // throws for an unknown STFPM_EXT_ISA, which a thread of the team must not
   if (params.dtype == DType::kFloat64)
     anomaly_map_of<double>(params, num_threads);
   else

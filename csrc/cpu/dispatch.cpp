@@ -26,7 +26,7 @@ namespace stfpm_ext {
 extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
 static const Kernels* const kBuilt[] = {&kernels_avx512, &kernels_avx2, &kernels_baseline};
 
-// CPUID itself is asked, since __builtin_cpu_supports says no to everything in what zig builds.
+// Asks CPUID itself, since __builtin_cpu_supports denies everything in builds by zig.
 struct Registers {
   uint32_t eax, ebx, ecx, edx;
 };

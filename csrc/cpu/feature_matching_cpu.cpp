@@ -33,7 +33,7 @@ struct Scalars {
 
 int64_t positions_of(const Level& level) { return level.height * level.width; }
 
-/// The mean over batch and positions of a level takes this much of each position.
+/// The weight of each position in the mean over batch and positions of its level.
 double share(const FeatureMatchingParams& params, int level) {
   return 1.0 / static_cast<double>(params.batch * positions_of(params.levels[level]));
 }

@@ -18,7 +18,7 @@ void max_pooling_cpu(const MaxPoolingParams& params, int num_threads) {
   const auto row_bytes = static_cast<size_t>(params.width * params.channels * pixel_bytes(params.dtype));
   num_threads = threads_for(elements * feature_bytes(params.dtype), num_threads);
   TaskQueue queue(params.batch * params.pooled_height);
-  // As in anomaly_map_cpu.cpp: a thread of the team has no way to report that there is no memory.
+  // As in anomaly_map_cpu.cpp: a thread of the team could not report a lack of memory.
   const std::unique_ptr<unsigned char[]> all_scratch(new unsigned char[static_cast<size_t>(num_threads) * row_bytes]);
   std::atomic<size_t> next_member{0};
   run_team(num_threads, [&] {

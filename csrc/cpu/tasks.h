@@ -20,13 +20,13 @@ struct PositionTask {
   int64_t image, begin, end;
 };
 
-/// Tasks for all positions, of `size` each but for the last of a level.
+/// Tasks for all positions, of `size` each except the last of a level.
 std::vector<PositionTask> position_tasks(const Level* levels, int num_levels, int64_t batch, int64_t size);
 
 /// Bytes of the features of both sides at all levels.
 int64_t bytes_of_features(const Level* levels, int num_levels, int64_t batch, DType dtype);
 
-/// How many threads to use, of those allowed, for work that reads and writes so many bytes.
+/// How many of the threads allowed to use for work that reads and writes `bytes`.
 int threads_for(int64_t bytes, int num_threads);
 
 /// Tasks 0 to `count` - 1, taken by whichever thread is free.

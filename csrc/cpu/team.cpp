@@ -19,8 +19,8 @@ namespace {
 using OpenMpParallel = void (*)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
 
 #if defined(_WIN32) || defined(__SANITIZE_THREAD__)
-// Windows has no place where all libraries' symbols are. ThreadSanitizer does not see how libgomp synchronises its
-// threads, and would call it a race.
+// Windows cannot look a symbol up in all libraries at once. ThreadSanitizer does not see how libgomp synchronises its
+// threads, and would report a race.
 OpenMpParallel torch_parallel() { return nullptr; }
 #else
 std::atomic<bool> is_forked_child{false};

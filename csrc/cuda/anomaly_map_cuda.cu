@@ -48,7 +48,7 @@ struct Launch {
   bool clusters;  // a cluster of blocks for each image; otherwise all blocks for all images
 };
 
-/// In bytes, for the compiler would add an offset in elements to every index instead of once to the address.
+/// In bytes, since the compiler would add an offset in elements to every index instead of once to the address.
 template <class Real>
 __device__ Real* map_of(const LevelMap& level, int image) {
   return reinterpret_cast<Real*>(static_cast<char*>(level.data) + image * level.image_bytes);
@@ -104,7 +104,8 @@ __device__ unsigned long long ordered_bits(double value) {
                         : static_cast<unsigned long long>(__double_as_longlong(value)) & 0x7fffffffffffffffull;
 }
 
-/// A pixel of each of `rows` rows of the map: a thread for each column. Returns their maximum, as ordered bits.
+/// Computes a pixel in each of `rows` rows of the map: a thread for each column. Returns their maximum, as ordered
+/// bits.
 template <class Combine, bool kKeepsLevels, class Real>
 __device__ auto map_of_column(const PixelStep& step, int image, int first_row, int rows, int column,
                               const Shared<Real>& shared) {
@@ -150,7 +151,7 @@ __device__ auto map_of_column(const PixelStep& step, int image, int first_row, i
   return maximum;
 }
 
-/// A unit of one image's pixels, and where `score` is not null its part in the image's.
+/// Computes a unit of one image's pixels and, where `score` is not null, raises the image's score to their maximum.
 template <class Combine, class Real>
 __device__ void map_of_unit(const PixelStep& step, int image, int unit, Real* score, Shared<Real>& shared) {
   using Bits = decltype(ordered_bits(Real(0)));
@@ -277,14 +278,14 @@ cudaLaunchAttribute in_clusters() {
   return attribute;
 }
 
-/// Whether clusters, one for each image, fill the device up to the last of their waves.
+/// Whether clusters, one for each image, fill the device, including the last of their waves, to nine tenths.
 template <class Kernel>
 bool clusters_fill_the_device(Kernel* kernel, int64_t images) {
   cudaLaunchAttribute attribute = in_clusters();
   const cudaLaunchConfig_t config = launch_config(images * kClusterBlocks, nullptr, &attribute);
   int at_once = 0;
   if (cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) != cudaSuccess) {
-    cudaGetLastError();  // not for the next call to find
+    cudaGetLastError();  // so that the next call does not find it
     return false;
   }
   return at_once > 0 && images * 10 >= ceil_div(images, at_once) * at_once * 9;
@@ -301,7 +302,7 @@ void enqueue(const AnomalyMapParams& params, void* scratch, int device, cudaStre
   for (const PixelStep& step : launch.steps) work = std::max<int64_t>(work, int64_t{step.height} * step.column_units);
   check_batch(params.batch, work);
 
-  // As docs/cuda.md reckons: a cluster for each image waits for nobody else, but must be many to fill the device.
+  // As docs/cuda.md reckons: the cluster of an image waits for no other, but only many clusters fill the device.
   launch.clusters = code.ptxVersion >= 90 && params.batch * kClusterBlocks >= processors &&
                     clusters_fill_the_device(kernel, params.batch);
   const int64_t blocks =

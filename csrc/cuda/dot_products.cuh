@@ -16,7 +16,7 @@
 namespace stfpm_ext {
 namespace {
 
-#ifndef STFPM_EXT_SHARED  // tests/cuda_on_threads has its own
+#ifndef STFPM_EXT_SHARED  // tests/ops/cuda_on_threads has its own
 #define STFPM_EXT_SHARED(Type, name) __shared__ Type name
 #endif
 

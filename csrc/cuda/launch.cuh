@@ -26,7 +26,7 @@ int attribute_of(int device, cudaDeviceAttr attribute) {
   return value;
 }
 
-/// Makes a device the current one, and the one before it again.
+/// Makes a device the current one, and restores the previous one at the end.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
@@ -43,8 +43,8 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
-/// Lets this thread ask about devices and kernels while a stream is captured, which may initialise the one and load the
-/// other. Launches are captured all the same.
+/// Lets this thread ask about devices and kernels while a stream is captured. To ask may initialise a device or load a
+/// kernel. Launches are captured nevertheless.
 class RelaxedCapture {
  public:
   RelaxedCapture() { exchange(); }
@@ -57,7 +57,7 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-/// Calls `use` with an element of the features' type, the device being the current one.
+/// Calls `use` with an element of the features' type, while the device is the current one.
 template <class Use>
 void with_type_on(int device, DType dtype, const Use& use) {
   const RelaxedCapture relaxed;
@@ -74,13 +74,13 @@ void with_type_on(int device, DType dtype, const Use& use) {
   }
 }
 
-/// What is known of a kernel, or an error where this build has no code for the device.
+/// The attributes of a kernel; throws where this build has no code for the device.
 template <class Kernel>
 cudaFuncAttributes attributes_of(Kernel* kernel, int device) {
   cudaFuncAttributes code{};
   const cudaError_t found = cudaFuncGetAttributes(&code, kernel);
   if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
-    cudaGetLastError();  // not for the next call to find
+    cudaGetLastError();  // so that the next call does not find it
     throw std::runtime_error("device " + std::to_string(device) + " has compute capability " +
                              std::to_string(attribute_of(device, cudaDevAttrComputeCapabilityMajor)) + "." +
                              std::to_string(attribute_of(device, cudaDevAttrComputeCapabilityMinor)) +
@@ -109,13 +109,13 @@ cudaLaunchConfig_t launch_config(int64_t blocks, cudaStream_t stream, cudaLaunch
   return config;
 }
 
-/// Enqueues a kernel. A cooperative one gets fewer blocks where not all can run at once, as may be where a device is
-/// shared; the scorer's result does not depend on their number, the loss may in its last digit.
+/// Enqueues a kernel. A cooperative one gets fewer blocks where not all can run at once, such as on a shared device.
+/// The scorer's result does not depend on their number; the loss may, in its last digit.
 template <class Kernel, class Launch>
 void launch_kernel(Kernel* kernel, const Launch& launch, cudaLaunchConfig_t config) {
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, launch);
   while (error == cudaErrorCooperativeLaunchTooLarge && config.gridDim.x > 1) {
-    cudaGetLastError();  // not for the next call to find
+    cudaGetLastError();  // so that the next call does not find it
     config.gridDim.x /= 2;
     error = cudaLaunchKernelEx(&config, kernel, launch);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The phase before: how each level is read, and how its positions are cut into tiles for the blocks.
+// Before the first phase: how each level is read, and how its positions are cut into tiles for the blocks.
 
 #pragma once
 
@@ -55,8 +55,8 @@ struct Tile {
   int level, image, index;
 };
 
-/// Tile `index` of those of `images` images. The coarse levels come first: theirs are the largest, and blocks that take
-/// turns end together when the last tiles are small.
+/// Tile `index` of the tiles of `images` images. The coarse levels come first: their tiles are the largest, and blocks
+/// that take turns end together when the last tiles are small.
 __device__ Tile tile_of(const Tiling& tiling, int num_levels, int images, int index) {
   int level = num_levels - 1;
   for (; index >= tiling.tiles[level] * images; --level) index -= tiling.tiles[level] * images;
@@ -100,7 +100,7 @@ int64_t tile_size(Layout layout) {
   return layout == Layout::kChannelsLast ? kChannelsLastTile<kVector> : kPlaneTile<1>;
 }
 
-/// Refuses what indices of 32 bits do not reach, with room for a last step beyond the end.
+/// Refuses sizes that 32-bit indices do not reach, with room for a last step beyond the end.
 void check_area(const std::string& name, int64_t height, int64_t width) {
   if (height * width > kMostIndex)
     throw std::invalid_argument(name + ": wanted height x width of at most " + std::to_string(kMostIndex) +

@@ -186,7 +186,7 @@ def test_auto_without_held_out_images_says_so(make_model, fit, told):
 def test_what_moves_scores_is_told(make_model, fit, monkeypatch, told):
     monkeypatch.setattr(scoring_dtype, "try_precision", lambda *_: Trial(8, 0.3, 2.0))
     fit(make_model(inference_precision="bfloat16"))
-    assert any("by 0.300 of their standard deviation (0.1 is tolerated). Verdicts may be other" in x for x in told)
+    assert any("by 0.300 of their standard deviation (0.1 is tolerated). Verdicts may differ" in x for x in told)
 
 
 def test_the_trial_compares_both_on_the_held_out_images(make_model, fit, monkeypatch):

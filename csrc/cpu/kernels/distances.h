@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What becomes of the dot products: distances for the scorer; values, factors and projections for the loss.
+// What dot products are turned into: distances for the scorer; values, factors and projections for the loss.
 
 #pragma once
 

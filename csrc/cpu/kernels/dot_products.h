@@ -52,8 +52,8 @@ void add_positions_side_by_side(const T* teacher, int64_t teacher_stride, const 
 
 constexpr int64_t kLanes = 16;
 
-/// Adds up the lanes by halves. In registers, which compilers do not find for a loop: through memory, each half waits
-/// for the last one's stores.
+/// Adds up the lanes by halves, in registers. Compilers make a loop go through memory, where each half waits for the
+/// stores of the one before.
 inline double sum_of_lanes(const double (&lanes)[kLanes]) {
 #ifdef __GNUC__
   typedef double Two __attribute__((vector_size(16)));
@@ -106,8 +106,8 @@ void add_one_position(const T* teacher, int64_t teacher_stride, const T* student
   sums.teacher_student[position] = sum_of_lanes(ts);
 }
 
-/// Sums up the dot products of positions [begin, end), kTile of them at most, of one row unless all rows are adjacent;
-/// `use(position, count, sums)` gets them.
+/// Sums up the dot products of positions [begin, end), at most kTile at a time, and of one row unless all rows are
+/// adjacent. `use(position, count, sums)` gets them.
 template <class T, class Use>
 void dot_products(const Level& level, int64_t image, int64_t begin, int64_t end, const Use& use) {
   const Plane<const T> teacher(level.teacher, image), student(level.student, image);

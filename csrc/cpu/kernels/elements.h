@@ -53,8 +53,8 @@ inline void store(double value, BFloat16& target) {
   target.bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-/// Likewise. A half's fraction is what is left of a float's when a number is added to it whose last place is the
-/// half's: 2^13 times the power of two of a normal half, and 0.5, whose last place is 2^-24, for the subnormal ones.
+/// Likewise. A normal half has the float's exponent less 112, and the fraction without its last 13 bits, rounded in
+/// integers. For a subnormal half, the float is rounded by adding 0.5, whose last place is the half's, 2^-24.
 inline void store(double value, Half& target) {
   const uint32_t bits = bits_of(static_cast<float>(value)), magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
@@ -106,7 +106,7 @@ bool rows_adjacent(const Level& level, const AnyFeatures& features) {
   return level.height == 1 || features.row_stride == level.width;
 }
 
-/// Asks for positions [begin, end) of some channels, to be in the second-level cache when their turn comes.
+/// Fetches positions [begin, end) of some channels into the second-level cache, before their turn comes.
 template <int kChannels, class T>
 void prefetch_channels(const T* features, int64_t stride, int64_t begin, int64_t end) {
 #ifdef __GNUC__
@@ -123,8 +123,8 @@ struct Lot {
   static constexpr int count = kCount;
 };
 
-/// Calls `work(Lot<n>, channel, begin, end)` for lots of channels, and for stretches of positions in each, of `count`
-/// that are neighbours in memory.
+/// Calls `work(Lot<n>, channel, begin, end)` for lots of channels, and in each for stretches of the `count` positions,
+/// which are neighbours in memory.
 template <class T, class Work>
 void for_each_lot(const T* teacher, int64_t teacher_stride, const T* student, int64_t student_stride, int64_t channels,
                   int64_t count, const Work& work) {
@@ -134,7 +134,7 @@ void for_each_lot(const T* teacher, int64_t teacher_stride, const T* student, in
   for (int64_t channel = 0; channel < whole_lots; channel += kLot) {
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = count - begin < kStretch ? count : begin + kStretch;
-      // So many streams, each of them short, are more than the hardware's own prefetching follows.
+      // The hardware's own prefetching does not follow so many short streams.
       if (channel + kLot < whole_lots) {
         prefetch_channels<kLot>(teacher + (channel + kLot) * teacher_stride, teacher_stride, begin, end);
         prefetch_channels<kLot>(student + (channel + kLot) * student_stride, student_stride, begin, end);

@@ -49,8 +49,8 @@ inline Floats shuffle(Floats values, Indices indices) {
 #endif
 }
 
-/// As above, a vector of pixels at a time: where they are no more than the distances they lie between, two loads and
-/// two shuffles fetch those, at a fifth of the time of gather instructions.
+/// As above, a vector of pixels at a time. Where the distances they lie between fit into two overlapping vectors, two
+/// loads and two shuffles fetch them, in a fifth of the time of gather instructions.
 inline void stretch_row(const float* row, const Columns& columns, int64_t width, float* stretched) {
   static_assert(kFloatLanes <= kRowPadding);
   int64_t x = 0;
@@ -114,7 +114,7 @@ void add_level_to_row(const Real* low, const Real* high, Real low_weight, Real h
   }
 }
 
-/// The maximum of pixels, or NaN where one is NaN. In lanes, since not all compilers make vectors of a maximum.
+/// The maximum of pixels, or NaN where one is NaN. In lanes, since not all compilers vectorise a maximum.
 template <class Real>
 class Maximum {
  public:

@@ -22,7 +22,7 @@ void raise(const Real* others, int64_t count, Real* maxima) {
   for (int64_t i = 0; i < count; ++i) maxima[i] = larger(maxima[i], others[i]);
 }
 
-/// Calls `use(index, is_first)` for what a window covers along one side.
+/// Calls `use(index, is_first)` for what a window covers along one axis.
 template <class Use>
 void for_each_covered(const MaxPoolingParams& params, int64_t pooled, int64_t size, const Use& use) {
   const int64_t start = pooled * params.stride - params.padding, stop = start + params.window;
@@ -46,8 +46,8 @@ void pool_row(const MaxPoolingParams& params, int64_t image, int64_t row, Real* 
       for (int64_t i = 0; i < count; ++i) column_maxima[i] = larger(column_maxima[i], static_cast<Real>(load(line[i])));
     }
   });
-  // Maxima are collected in the first column of a window. Of later windows, only those that reach beyond the left edge,
-  // too, cover it, and they cover all of this one.
+  // Maxima are collected in the first column of a window. A later window covers that column only if it, too, reaches
+  // beyond the left edge, and then it covers all of this window.
   for (int64_t x = 0; x < params.pooled_width; ++x) {
     Real* first = nullptr;
     for_each_covered(params, x, params.width, [&](int64_t column, bool is_first) {
