@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jsonargparse
+import yaml
 
 
 def printable(text: object) -> str:
@@ -51,6 +52,9 @@ def run_command(
         arguments (list[str] | None): The arguments. Defaults to ``None``, those of the process.
     """
     escape_what_the_terminal_lacks()
+    # YAML, by which arguments are read, cannot hold names that are no text in the file system's encoding.
+    errors = (yaml.YAMLError, UnicodeEncodeError)
+    jsonargparse.set_loader("yaml", jsonargparse.get_loader("yaml"), errors)
     given = parser.parse_args(arguments).as_dict()
     with ending_in_one_line():
         run(given)

@@ -106,6 +106,15 @@ def test_output_that_is_not_utf_8(checkpoint, folder, monkeypatch, encoding):
     assert "gr\\xf6\\xdfe \\u2713" in text if encoding == "ascii" else "größe \\u2713" in text
 
 
+def test_a_machine_without_a_locale(checkpoint, folder):
+    folder = folder.rename(folder.with_name("größe ✓"))
+    command = [sys.executable, "-m", "anomalib_stfpm_ext.watch", checkpoint, folder, "--once", "--patience", "0"]
+    without = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    csv_file = folder.parent / "scores.csv"
+    subprocess.run([*command, "--csv", csv_file], env=os.environ | without, check=True, capture_output=True)
+    assert len(rows(folder)) == 9
+
+
 def test_export_scores_as_anomalibs_inferencer_does(checkpoint, folder, tmp_path, monkeypatch):
     export = StfpmExt.load_from_checkpoint(checkpoint).to_torch(tmp_path)
     with pytest.raises(SystemExit, match=r"ValueError: checkpoint: .*TRUST_REMOTE_CODE"):
