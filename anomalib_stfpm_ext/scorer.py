@@ -132,6 +132,9 @@ def anomaly_map(
     teacher_levels = [_as_numpy(level) for level in teacher_levels]
     student_levels = [_as_numpy(level) for level in student_levels]
     image_size, checked = check_call(teacher_levels, student_levels, np.ndarray, image_size, options, out, names)
+    for argument, arrays in (("teacher", teacher_levels), ("student", student_levels), ("out", out or ())):
+        if any(isinstance(array, np.ma.MaskedArray) for array in arrays):
+            fail(TypeError, argument, "arrays without a mask, which nothing here heeds", "a masked array")
     if out is None:
         dtype = OUTPUT_DTYPES[dtype_name(teacher_levels[0].dtype)]
         out = [np.empty(shape, dtype) for shape in output_shapes(teacher_levels, image_size, checked)]

@@ -60,6 +60,12 @@ def test_nvcc_that_does_not_work(configure, tmp_path, script, said):
     assert said in output
 
 
+def test_nvcc_that_is_not_there(configure):
+    went_well, output = configure(CUDACXX="/nowhere/nvcc")
+    assert went_well
+    assert "No CUDA scorer: /nowhere/nvcc does not work. It says: no such file" in output
+
+
 def test_no_compiler(configure):
     went_well, output = configure(CXX="/nowhere/g++")
     assert not went_well

@@ -565,3 +565,13 @@ def test_bad_tensors_whether_called_as_function_or_operator(student, error, mess
         torch.ops.anomalib_stfpm_ext.anomaly_map([torch.ones(1, 2, 4, 4)], [student], 8, 8)
     with pytest.raises(ValueError, match="image_size"):
         torch.ops.anomalib_stfpm_ext.anomaly_map([torch.ones(1, 2, 4, 4)], [torch.ones(1, 2, 4, 4)], 0, 8)
+
+
+@pytest.mark.parametrize("place", ["teacher", "student", "out"])
+def test_masks_are_refused(place):
+    """Features under a mask would count like others."""
+    arguments = {"teacher": [np.ones((1, 2, 4, 4), "f4")], "student": [np.ones((1, 2, 4, 4), "f4")]}
+    arguments["out"] = [np.empty((1, 1, 8, 8), "f4"), np.empty(1, "f4")]
+    arguments[place][0] = np.ma.masked_less(arguments[place][0], 0)
+    with pytest.raises(TypeError, match=f"{place}: wanted arrays without a mask"):
+        anomaly_map(**arguments, image_size=(8, 8))
