@@ -93,7 +93,7 @@ class Plan(NamedTuple):
     epochs: int
     every: int
     validates: bool
-    way: str  # "finder": of its batch size first; "fork": into a process that the trainer starts
+    finds: bool  # its batch size
 
 
 PLANS = st.builds(
@@ -102,7 +102,7 @@ PLANS = st.builds(
     st.integers(0, 3),
     st.integers(1, 2),
     st.sampled_from([True, True, False]),
-    st.sampled_from(["plain"] * 8 + ["finder", "fork"]),
+    st.sampled_from([False] * 5 + [True]),
 )
 
 
@@ -146,14 +146,14 @@ class Life(RuleBasedStateMachine):
 
     @rule(plan=PLANS, accident=accidents("fit"))
     def fit(self, plan, accident):
-        self._fit(self.model, plan, None if plan.way == "fork" else accident)
+        self._fit(self.model, plan, accident)
 
     @precondition(lambda self: self.fitted)
     @rule(more=st.integers(1, 2), accident=accidents("fit"))
     def resume(self, more, accident):
         path, plan, asked_precision, self.validated_on = self.fitted
         self.scored_in = None
-        plan = plan._replace(epochs=plan.epochs + more, way="plain")
+        plan = plan._replace(epochs=plan.epochs + more, finds=False)
         self._fit(self._new_model(asked_precision), plan, accident, path)
 
     @rule(data=st.sampled_from(["line", "other"]), anew=st.booleans(), accident=accidents("validate"))
@@ -256,11 +256,9 @@ class Life(RuleBasedStateMachine):
     def _fit(self, model, plan, accident, path=None):
         """Fit a model, or resume the fit of a checkpoint, and note what its threshold should be of."""
         before = student_of(self._load(path) if path else model)
-        options, forks = {} if plan.validates else {"limit_val_batches": 0}, plan.way == "fork"
-        if forks:
-            options |= {"strategy": "ddp_fork", "devices": 1}
+        options = {} if plan.validates else {"limit_val_batches": 0}
         engine = self._new_engine(
-            *([finder()] if plan.way == "finder" else []),
+            *([finder()] if plan.finds else []),
             max_epochs=plan.epochs,
             check_val_every_n_epoch=plan.every,
             **options,
@@ -269,7 +267,7 @@ class Life(RuleBasedStateMachine):
         with watch_exponents(self.patch) as seen:
             came_to_its_end = self._run(partial(engine.fit, model, datamodule=data, ckpt_path=path), accident)
         data.train_batch_size = BATCH_SIZE  # a finder has changed it
-        self.model, self.engine, self.engine_validates = model, None if forks else engine, plan.validates
+        self.model, self.engine, self.engine_validates = model, engine, plan.validates
         is_trained = student_of(model) != before
         assert model.model.is_trained or not is_trained
         has_threshold = not all(map(math.isnan, verdict_of(model).values()))
@@ -280,9 +278,9 @@ class Life(RuleBasedStateMachine):
             self.validated_on = plan.data
         if not came_to_its_end:
             return
-        assert is_trained or path or forks or self._is_told("no step was made")
+        assert is_trained or path or self._is_told("no step was made")
         if plan.epochs and not has_threshold and model.post_processor:
-            assert forks or self._is_told("no validation has set a threshold")
+            assert self._is_told("no validation has set a threshold")
         exponents = seen.get(student_of(model), set())
         assert exponents <= {model.model.level_weights}, "the student that is kept was scored by another's exponents"
         if engine.best_model_path:
