@@ -104,19 +104,39 @@ class StfpmExtModel(nn.Module):
         """Compare teacher and student.
 
         Args:
-            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``, of the networks' dtype and on their device.
             teacher (Callable[[torch.Tensor], dict[str, torch.Tensor]] | None): Returns the teacher's features in place
                 of :meth:`teacher_features`, while training. Defaults to ``None``.
 
         Returns:
             tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | InferenceBatch: While training, the features of
                 teacher and student by level. Otherwise the anomaly map ``(B, 1, H, W)`` and the scores ``(B, 1)``.
+
+        Raises:
+            ValueError: If the images have another shape or dtype, or are on another device.
         """
-        if self.training:
+        try:
+            if not self.training:
+                with self._own_precision(images):
+                    return self._finite(self._infer(images), images)
             self.is_trained = True  # a fit without a step resets it
-            return self._run_networks(images) if teacher is None else (teacher(images), self._student_features(images))
-        with self._own_precision(images):
-            return self._finite(self._infer(images), images)
+            if teacher is None:
+                return self._run_networks(images)
+            return teacher(images), self._student_features(images)
+        except RuntimeError:
+            self._check_images(images)  # names what it complains of
+            raise
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        weight = next(self.teacher_model.parameters())
+        is_other = (images.dtype, images.device) != (weight.dtype, weight.device)
+        if (
+            images.dim() != 4
+            or images.shape[1] != 3
+            or (is_other and not torch.is_autocast_enabled(weight.device.type))
+        ):
+            got = f"{tuple(images.shape)} of {images.dtype} on {images.device}"
+            fail(ValueError, "images", f"(B, 3, H, W) of {weight.dtype} on {weight.device}", got)
 
     def _own_precision(self, images: torch.Tensor) -> AbstractContextManager[Any]:
         """Disable a caller's autocast: images are scored in the model's own :attr:`precision`."""

@@ -199,6 +199,25 @@ def test_bad_arguments(arguments, error, message):
         StfpmExt(**{"teacher_weights": False, **arguments})
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (torch.rand(1, 3, 64, 64, dtype=torch.float64), r"\(1, 3, 64, 64\) of torch.float64 on cpu"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"\(1, 3, 64, 64\) of torch.uint8 on cpu"),
+        (torch.rand(1, 1, 64, 64), r"\(1, 1, 64, 64\) of torch.float32 on cpu"),
+        (torch.rand(3, 64, 64), r"\(3, 64, 64\) of torch.float32 on cpu"),
+        (torch.rand(1, 3, 64, 64, device="meta"), r"\(1, 3, 64, 64\) of torch.float32 on meta"),
+    ],
+    ids=str,
+)
+def test_bad_images(images, got, training):
+    model = StfpmExtModel("test_resnet", ["layer1", "layer3"], teacher_weights=False).train(training)
+    wanted = r"images: wanted \(B, 3, H, W\) of torch.float32 on cpu, got "
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=wanted + got):
+        model(images)
+
+
 def test_bad_weights(tmp_path, resnet18_weights):
     def load(name):
         return Teacher("resnet18", LAYERS, tmp_path / name)
