@@ -185,11 +185,12 @@ def _upgraded(checkpoint: dict[str, Any], levels: int) -> dict[str, Any]:
 
 
 def _check_settings(checkpoint: dict[str, Any], model: "StfpmExt") -> None:
-    """Raise unless a resumed fit has the settings that it began with: students are compared under them."""
+    """Raise unless a resumed fit has the settings that it began with: students are taught and compared under them."""
     content, selection = checkpoint[KEY], model.student_selection
     fit, given = content["fit"] or {}, checkpoint.get("hyper_parameters", {})
     settings: list[tuple[str, Any, Any]] = [
-        ("combine_at", content["network"].get("combine_at", model.model.combine_at), model.model.combine_at)
+        ("combine_at", content["network"].get("combine_at", model.model.combine_at), model.model.combine_at),
+        ("hard_share", given.get("hard_share", 1.0), model.loss.hard_share),
     ]
     if fit:
         settings += [

@@ -63,8 +63,7 @@ class StfpmExt(ExactExports, AnomalibModule):
     architecture at several levels. An anomaly is where the two differ. See docs/training.md.
 
     Args:
-        backbone (str): timm's name for the network of teacher and student. Defaults to ``"resnet18.tv_in1k"``,
-            torchvision's weights as in the paper.
+        backbone (str): timm's name for the network. Defaults to ``"resnet18.tv_in1k"``, torchvision's as in the paper.
         layers (Sequence[str]): Levels of the pyramid to compare, by timm's names. Defaults to
             ``("layer1", "layer2", "layer3")``.
         teacher_weights (bool | Path): Local ``.pth`` or ``.safetensors`` file with the teacher's weights. ``True``:
@@ -94,6 +93,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             also gives the levels' maps exponents. Fewer than 20 use the first. Defaults to ``"synthetic"``.
         precise_bn (bool): Whether a student is measured, validated and saved with the batch norm statistics of its own
             features, not with running averages as in the paper. Defaults to ``True``.
+        hard_share (float): Share of positions, the hardest, that the loss counts. Defaults to ``1``, as in the paper.
         image_size (tuple[int, int] | None): Height and width to which images are resized. Defaults to ``None``: the
             paper's 256x256, or the only size that the backbone takes.
         pre_processor (PreProcessor | bool): Transforms the images. ``True``: resizes to ``image_size``, and normalises
@@ -129,15 +129,17 @@ class StfpmExt(ExactExports, AnomalibModule):
         inference_precision: InferencePrecision | None = None,
         selection: Selection = "synthetic",
         precise_bn: bool = True,
+        hard_share: float = 1.0,
         image_size: tuple[int, int] | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        backbone, layers, combine_at, selection = map(plain, (backbone, layers, combine_at, selection))
-        lr, held_out_share, seed, image_size = map(plain, (lr, held_out_share, seed, image_size))
+        backbone, layers, combine_at, selection, lr = map(plain, (backbone, layers, combine_at, selection, lr))
+        held_out_share, hard_share, seed, image_size = map(plain, (held_out_share, hard_share, seed, image_size))
         check_settings(lr, seed, save_teacher, precise_bn, inference_precision, image_size, pre_processor is True)
+        loss = StfpmExtLoss(hard_share)
         student_selection = StudentSelection(held_out_share, seed or 0, selection)
         cache = None if teacher_cache is None else TeacherCache(teacher_cache)
         if seed is not None:
@@ -153,7 +155,7 @@ class StfpmExt(ExactExports, AnomalibModule):
             pre_processor = self.configure_pre_processor(size, config.mean, config.std)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         use_middle_threshold(self.post_processor)
-        self.model, self.loss, self.cache, self.student_selection = model, StfpmExtLoss(), cache, student_selection
+        self.model, self.loss, self.cache, self.student_selection = model, loss, cache, student_selection
         self.inference_precision, self.precise_bn, self.save_teacher = inference_precision, precise_bn, save_teacher
         self.asked_precision = asked_precision(inference_precision)  # or the trainer's; see ScoringDtype
         model.score_by(None, self.asked_precision or "float32")

@@ -8,7 +8,7 @@
 //   d = 1/2 ||t - s||^2                                   (equation 1 of arXiv 2103.04257)
 //   u = upsample(d)                                       bilinear, half-pixel centres, no antialiasing
 //   M = product of u^w, sum of w u, or maximum of w u     over the levels; the paper: product, w = 1
-//   L = sum of mean of 2 d                                over the levels; over batch and positions
+//   L = sum of mean of 2 d                                over the levels; over batch and positions, or the hardest
 //
 // d is computed from the dot products T.T, S.S and T.S, in double: a product of two float32 (or narrower) numbers
 // is exact there, so that one pass over the features is enough, nothing overflows, and the cancellation in

@@ -14,8 +14,9 @@ struct FeatureMatchingParams {
   int num_levels;
   Level levels[kMaxLevels];
   int64_t batch;  // at least 1
-  /// What backward needs to know of forward: the factors of all positions, level by level [batch, height, width], and
-  /// then the projections (Matching in distance_math.h). float64 for float64 features, otherwise float32.
+  /// What forward knows of each position (Matching in distance_math.h): the factors of all positions, level by level
+  /// [batch, height, width], then the projections, then the values. Backward reads factors and projections. float64
+  /// for float64 features, otherwise float32.
   void* scalars;
 };
 

@@ -176,12 +176,13 @@ def test_images_have_the_size_of_the_checkpoint(fit, images, weights, tmp_path):
     "arguments",
     [
         {"seed": np.int64(3)},
-        {"held_out_share": np.float64(0.25), "lr": np.float32(0.05)},
+        {"held_out_share": np.float64(0.25), "lr": np.float32(0.05), "hard_share": np.float32(0.1)},
         {"layers": OmegaConf.create(LAYERS)},
         {"layers": np.array(LAYERS), "image_size": np.array([48, 64]), "pre_processor": True},
         {"layers": tuple(map(np.str_, LAYERS)), "selection": np.str_("held_out_map"), "lr": torch.tensor(0.05)},
         {
             "held_out_share": Fraction(1, 4),
+            "hard_share": Fraction(1, 3),
             "lr": Decimal("0.05"),
             "image_size": torch.Size([48, 64]),
             "pre_processor": True,

@@ -13,10 +13,12 @@ import torch
 import yaml
 from anomalib.data import PredictDataset
 from anomalib.engine import Engine
-from helpers import folder
+from helpers import QUIET, folder
+from lightning.pytorch import Callback
 from torch._dynamo.utils import counters
 
 from anomalib_stfpm_ext import StfpmExt, StfpmExtModel
+from anomalib_stfpm_ext.loss import formula
 
 
 def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Engine, StfpmExt, list[dict[str, float]]]:
@@ -58,6 +60,34 @@ def test_checkpoint_loads_without_the_teachers_file(trained, images):
     assert torch.equal(scores(StfpmExt("resnet18", teacher_weights=False), images, ckpt_path=checkpoint), expected)
     content = torch.load(checkpoint, weights_only=True)
     assert content["hyper_parameters"]["backbone"] == "resnet18"
+
+
+class HardGradients(Callback):
+    """Works out by torch's own operations what gradients the first step should have had."""
+
+    def on_fit_start(self, _trainer, model):
+        self.student, self.of_batches, self.of_step = copy.deepcopy(model.model.student_model).train(), [], []
+
+    def on_before_optimizer_step(self, _trainer, model, _optimizer):
+        parameters = model.model.student_model.parameters()
+        self.of_step = self.of_step or [parameter.grad.clone() for parameter in parameters]
+
+    def on_train_batch_end(self, _trainer, model, _outputs, batch, index):
+        if index < 2:
+            teacher, student = (list(net(batch.image).values()) for net in (model.model.teacher_model, self.student))
+            loss = formula(teacher, student, hard_share=0.1)
+            self.of_batches.append(torch.autograd.grad(loss, list(self.student.parameters())))
+
+
+def test_the_hardest_positions_of_each_batch_teach(images, tmp_path):
+    """With accumulation, the gradient is the mean of the batches'."""
+    quick = {"teacher_weights": False, "image_size": (48, 64), "visualizer": False}
+    model = StfpmExt("test_resnet", ["layer1", "layer3"], hard_share=0.1, **quick)
+    gradients = HardGradients()
+    engine = Engine([gradients], max_epochs=1, accumulate_grad_batches=2, default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, datamodule=folder(images, train_batch_size=3))
+    for gradient, *of_batches in zip(gradients.of_step, *gradients.of_batches, strict=True):
+        torch.testing.assert_close(gradient, sum(of_batches) / 2, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from .._compat.torch import register_once
@@ -12,12 +13,15 @@ from ..errors import fail
 from . import arguments, native
 from .anomaly_map import TENSORS, check_kernel, cuda_queue
 from .arguments import OUTPUT_DTYPES, dtype_name
+from .reference import rank_of_threshold
 
 Tensors = Sequence[torch.Tensor]
 
 
-def _allocate(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the features, and return memory for the loss and the scalars."""
+def _allocate(teacher: Tensors, student: Tensors, hard_share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check the arguments, and return memory for the loss and the scalars."""
+    if not 0 < hard_share <= 1:
+        fail(ValueError, "hard_share", "a number above 0 and of at most 1", hard_share)
     arguments.check_features(teacher, student, torch.Tensor)
     options: dict[str, Any] = {
         "dtype": getattr(torch, OUTPUT_DTYPES[dtype_name(teacher[0].dtype)]),
@@ -27,11 +31,15 @@ def _allocate(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.T
 
 
 def _scalars_shape(teacher: Tensors) -> tuple[int, int]:
-    return 2, sum(level.shape[0] * level.shape[2] * level.shape[3] for level in teacher)
+    return 3, sum(_positions(teacher))
 
 
-def _fused(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    loss, scalars = _allocate(teacher, student)
+def _positions(teacher: Tensors) -> list[int]:
+    return [level.shape[0] * level.shape[2] * level.shape[3] for level in teacher]
+
+
+def _fused(teacher: Tensors, student: Tensors, hard_share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, scalars = _allocate(teacher, student, hard_share)
     check_kernel(loss.device)
     call, device = native.loss_call(teacher, student, scalars, TENSORS), loss.device
     if len(teacher[0]) == 0:
@@ -41,7 +49,29 @@ def _fused(teacher: Tensors, student: Tensors) -> tuple[torch.Tensor, torch.Tens
     else:
         partial_sums = torch.empty(native.most_partial_sums, dtype=torch.float64, device=device)
         native.feature_matching_cuda(call, loss.data_ptr(), partial_sums.data_ptr(), cuda_queue(device))
+    if hard_share < 1 and len(teacher[0]) > 0:
+        _count_hardest(loss, scalars, _positions(teacher), hard_share)
     return loss, scalars
+
+
+def _count_hardest(loss: torch.Tensor, scalars: torch.Tensor, positions: list[int], share: float) -> None:
+    """Make the loss that of the hardest positions, as ``reference.mean_of_hardest`` has it.
+
+    Backward divides by the number of all positions, which the factors make good.
+    """
+    loss.zero_()
+    for count, (factors, _, values) in zip(positions, torch.split(scalars, positions, dim=1), strict=True):
+        is_easy = values < _threshold(values, share)
+        hard_count = (count - is_easy.count_nonzero()).to(values.dtype)
+        loss += values.masked_fill_(is_easy, 0).sum() / hard_count
+        factors.masked_fill_(is_easy, 0).mul_(count / hard_count)
+
+
+def _threshold(values: torch.Tensor, share: float) -> torch.Tensor:
+    rank = rank_of_threshold(len(values), share)
+    if values.device.type == "cpu":  # five times as fast as torch's
+        return torch.from_numpy(np.partition(values.numpy(), rank - 1))[rank - 1]
+    return values.kthvalue(rank).values
 
 
 def _allocate_gradients(
@@ -74,22 +104,22 @@ def _fused_backward(
     return gradients
 
 
-def _keep(ctx: Any, inputs: tuple[Tensors, Tensors], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    teacher, student = inputs
+def _keep(ctx: Any, inputs: tuple[Tensors, Tensors, float], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    teacher, student, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # torch would make zeros for the scalars
     ctx.save_for_backward(*teacher, *student, output[1])
 
 
-def _differentiate(ctx: Any, upstream: torch.Tensor | None, _: Any) -> tuple[list[None], Tensors | list[None]]:
+def _differentiate(ctx: Any, upstream: torch.Tensor | None, _: Any) -> tuple[list[None], Tensors | list[None], None]:
     *features, scalars = ctx.saved_tensors
     levels = len(features) // 2
     if upstream is None:
-        return [None] * levels, [None] * levels
+        return [None] * levels, [None] * levels, None
     gradients = torch.ops.anomalib_stfpm_ext.feature_matching_loss_backward.default(
         upstream, features[:levels], features[levels:], scalars
     )
-    return [None] * levels, gradients
+    return [None] * levels, gradients, None
 
 
 def _refuse(*_: Any) -> NoReturn:
@@ -98,8 +128,11 @@ def _refuse(*_: Any) -> NoReturn:
 
 
 def _register(library: Any) -> None:
-    # Besides the features, backward needs the scalars: two for each position of each level, (2, positions).
-    library.define("feature_matching_loss(Tensor[] teacher, Tensor[] student) -> (Tensor loss, Tensor scalars)")
+    # Besides the features, backward needs the scalars: factor, projection and value of each position of each level.
+    library.define(
+        "feature_matching_loss(Tensor[] teacher, Tensor[] student, float hard_share=1.0)"
+        " -> (Tensor loss, Tensor scalars)"
+    )
     library.define(
         "feature_matching_loss_backward(Tensor upstream, Tensor[] teacher, Tensor[] student, Tensor scalars)"
         " -> Tensor[]"

@@ -111,7 +111,7 @@ class LossCall(NamedTuple):
 
     Args:
         levels (Levels): The features, of at least one image.
-        scalars (int): Address of what backward needs to know of forward, ``(2, positions of all levels)``.
+        scalars (int): Address of what forward knows of each position, ``(3, positions of all levels)``.
     """
 
     levels: Levels
@@ -190,7 +190,7 @@ def loss_call(teacher: Sequence[Any], student: Sequence[Any], scalars: Any, acce
     Args:
         teacher (Sequence): Features ``(B, C, H, W)`` of every level, as ``check_features`` wants them.
         student (Sequence): Likewise.
-        scalars (Any): Memory ``(2, positions of all levels)``, contiguous.
+        scalars (Any): Memory ``(3, positions of all levels)``, contiguous.
         access (Access): How to address all of them.
 
     Returns:

@@ -3,6 +3,7 @@
 """The formulas of ``csrc/distance_math.h`` in torch operations: differentiable, exportable, on any device."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,27 @@ def squared_distance(teacher: torch.Tensor, student: torch.Tensor, gain: float =
     if gain != 1:  # before the squares, which float16 may not hold
         difference = difference * gain**0.5
     return difference.square().sum(dim=1, keepdim=True)
+
+
+def mean_of_hardest(values: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the mean of the largest values, and of those that equal the last of them; NaN if there is one.
+
+    Args:
+        values (torch.Tensor): Squared distances of a level, of any shape; at least one.
+        share (float): The share of values that count, above 0.
+
+    Returns:
+        torch.Tensor: The mean, a scalar.
+    """
+    count = values.numel()
+    threshold = values.detach().flatten().kthvalue(rank_of_threshold(count, share)).values
+    is_easy = values < threshold  # which NaN is not
+    return values.masked_fill(is_easy, 0).sum() / (count - is_easy.count_nonzero())
+
+
+def rank_of_threshold(count: int, share: float) -> int:
+    """Return the rank, from 1 for the smallest, of the last value that is in a share of the largest."""
+    return count + 1 - math.ceil(share * count)
 
 
 def output_dtype(features: Tensors) -> torch.dtype:

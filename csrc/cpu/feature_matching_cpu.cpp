@@ -20,6 +20,7 @@ template <class Real>
 struct Scalars {
   Real* factors[kMaxLevels];
   Real* projections[kMaxLevels];
+  Real* values[kMaxLevels];
 
   explicit Scalars(const FeatureMatchingParams& params) {
     int64_t offset = 0;
@@ -27,7 +28,10 @@ struct Scalars {
       factors[index] = static_cast<Real*>(params.scalars) + offset;
       offset += params.batch * params.levels[index].height * params.levels[index].width;
     }
-    for (int index = 0; index < params.num_levels; ++index) projections[index] = factors[index] + offset;
+    for (int index = 0; index < params.num_levels; ++index) {
+      projections[index] = factors[index] + offset;
+      values[index] = projections[index] + offset;
+    }
   }
 };
 
@@ -59,9 +63,9 @@ void forward(const FeatureMatchingParams& params, Real* loss, int num_threads) {
   const int64_t bytes = bytes_of_features(params.levels, params.num_levels, params.batch, params.dtype);
   run_tasks(params, tasks, bytes, num_threads,
             [&](int64_t index, const PositionTask& task, const Level& level, int64_t image) {
-              sums[static_cast<size_t>(index)] =
-                  kernel.matching(params.dtype, level, task.image, task.begin, task.end,
-                                  scalars.factors[task.level] + image, scalars.projections[task.level] + image);
+              sums[static_cast<size_t>(index)] = kernel.matching(
+                  params.dtype, level, task.image, task.begin, task.end, scalars.factors[task.level] + image,
+                  scalars.projections[task.level] + image, scalars.values[task.level] + image);
             });
   double level_sums[kMaxLevels] = {}, total = 0;
   for (size_t index = 0; index < tasks.size(); ++index) level_sums[tasks[index].level] += sums[index];

@@ -20,10 +20,11 @@ void distances_of(DType dtype, const Level& level, int64_t image, int64_t begin,
 }
 
 double matching_of(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* factors,
-                   void* projections) {
+                   void* projections, void* values) {
   return with_types(dtype, [&](auto element, auto real) {
     return level_matching<decltype(element)>(level, image, begin, end, static_cast<decltype(real)*>(factors),
-                                             static_cast<decltype(real)*>(projections));
+                                             static_cast<decltype(real)*>(projections),
+                                             static_cast<decltype(real)*>(values));
   });
 }
 

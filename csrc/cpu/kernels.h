@@ -39,10 +39,10 @@ struct Kernels {
   double (*rows)(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
                  int64_t begin, int64_t end, void* scratch);
 
-  /// Writes the factors and projections (Real) of positions [begin, end) of one level, row-major, and returns the sum
-  /// of their values (Matching in distance_math.h).
+  /// Writes the factors, projections and values (Matching in distance_math.h; Real) of positions [begin, end) of one
+  /// level, row-major, and returns the sum of the values.
   double (*matching)(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* factors,
-                     void* projections);
+                     void* projections, void* values);
 
   /// Writes the gradients of positions [begin, end) of one level, from the factors, which it multiplies by `scale`, and
   /// projections (Real) of the image.

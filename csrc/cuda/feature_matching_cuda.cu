@@ -31,7 +31,7 @@ struct BackwardLaunch : MatchingLaunch {
   MutableFeatures gradients[kMaxLevels];
 };
 
-/// The factors of a tile's image at its level; the projections are `tiling.positions` further on.
+/// The factors of a tile's image at its level; the projections are `tiling.positions` further on, the values twice.
 template <class Real>
 __device__ Real* factors_of(const MatchingLaunch& launch, const Tile& tile) {
   const Level& level = launch.params.levels[tile.level];
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
           const Matching one = matching(products.teacher_teacher, products.student_student, products.teacher_student);
           factors[position] = static_cast<Real>(one.factor);
           factors[position + tiling.positions] = static_cast<Real>(one.projection);
+          factors[position + 2 * tiling.positions] = static_cast<Real>(one.value);
           sum += one.value * launch.share[tile.level];
         });
   }

@@ -304,13 +304,13 @@ def test_too_few_images_for_synthetic_anomalies(make_model, fit, caplog):
 
 def test_resumed_run_ends_as_the_unbroken_one(make_model, fit, tmp_path):
     each = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
-    unbroken = content(fit(make_model(), Shake(), each, epochs=4))
+    unbroken = content(fit(make_model(hard_share=0.5), Shake(), each, epochs=4))
     broken = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
     assert fit_of(broken)["epoch"] == 0
     assert not same(student_of(broken["state_dict"]), fit_of(broken)["student"])
 
     torch.rand(7)
-    model = make_model(seed=3)  # neither this seed nor the random numbers at hand matter
+    model = make_model(hard_share=0.5, seed=3)  # neither this seed nor the random numbers at hand matter
     resumed = content(fit(model, epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt"))
     assert same(resumed["state_dict"], unbroken["state_dict"])
     state, expected = fit_of(resumed), fit_of(unbroken)
@@ -322,7 +322,9 @@ def test_resumed_run_ends_as_the_unbroken_one(make_model, fit, tmp_path):
 
     for share in (0.4, 0):
         with pytest.raises(ValueError, match=f"held_out_share: wanted 0.2 as in the checkpoint, got {share}"):
-            fit(make_model(held_out_share=share), ckpt_path=tmp_path / "epoch=1.ckpt")
+            fit(make_model(hard_share=0.5, held_out_share=share), ckpt_path=tmp_path / "epoch=1.ckpt")
+    with pytest.raises(ValueError, match=r"hard_share: wanted 0.5 as in the checkpoint, got 1.0"):
+        fit(make_model(), ckpt_path=tmp_path / "epoch=1.ckpt")
 
 
 @pytest.mark.parametrize("ending", [RuntimeError("stop"), KeyboardInterrupt()], ids=repr)

@@ -193,15 +193,16 @@ def test_device_other_than_the_current_one():
 
 @on_gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("hard_share", [1, 0.1])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_loss_and_gradients_equal_the_formula(dtype, layout):
+def test_loss_and_gradients_equal_the_formula(dtype, hard_share, layout):
     for pyramid in (PYRAMIDS["resnet18"], PYRAMIDS["tf_efficientnet_lite0"], [(7, 11)]):
         teacher, student = features(pyramid, 3, (97, 130), dtype, layout)
         results = []
         for loss, kind in (
-            (StfpmExtLoss(), student[0].dtype),
-            (StfpmExtLoss(), student[0].dtype),
-            (formula, torch.float64),
+            (StfpmExtLoss(hard_share), student[0].dtype),
+            (StfpmExtLoss(hard_share), student[0].dtype),
+            (functools.partial(formula, hard_share=hard_share), torch.float64),
         ):
             levels = [level.to(kind).requires_grad_() for level in student]
             value = loss([level.to(kind) for level in teacher], levels)
@@ -226,6 +227,7 @@ def test_loss_is_two_launches_and_waits_for_nothing():
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             gradients = torch.autograd.grad(StfpmExtLoss()(teacher, student), student, upstream)
+        torch.autograd.grad(StfpmExtLoss(0.1)(teacher, student), student, upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

@@ -158,7 +158,8 @@ def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, bl
     batch, dtype = len(teacher[0]), str(teacher[0].dtype).removeprefix("torch.")
     options = {"dtype": torch.float64 if dtype == "float64" else torch.float32}
     loss, upstream = torch.tensor(float("nan"), **options), torch.tensor(upstream, **options)
-    scalars = torch.full((2 * batch * sum(level[0, 0].numel() for level in teacher),), float("nan"), **options)
+    positions = [batch * level[0, 0].numel() for level in teacher]
+    scalars = torch.full((3, sum(positions)), float("nan"), **options)
     partial_sums = torch.full((native.most_partial_sums,), float("nan"), dtype=torch.float64)
     gradients = [torch.full_like(level, float("nan")) for level in student]
     params = MatchingParams(DTYPES.index(dtype), len(teacher), batch=batch, scalars=scalars.data_ptr())
@@ -169,6 +170,8 @@ def match(library, teacher, student, upstream=1.0, *, device=0, processors=2, bl
     made_up = (device, processors, blocks_per_processor, has_image)
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (loss, partial_sums, upstream)]
     call(library.feature_matching_on_threads, params, *addresses[:2], *made_up)
+    means = torch.stack([values.mean() for values in scalars[2].split(positions)])
+    torch.testing.assert_close(loss, means.sum(), rtol=1e-12 if dtype == "float64" else 1e-6, atol=0, equal_nan=True)
     call(library.feature_matching_backward_on_threads, params, addresses[2], targets, *made_up)
     return loss, gradients
 

@@ -2,6 +2,7 @@
 
 """The fused loss against the float64 reference, its formula in torch operations, and anomalib's."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -33,19 +34,19 @@ def pyramids(pyramid, batch, image_size, dtype=torch.float32, memory_format=torc
     return teacher, [level.requires_grad_() for level in student]
 
 
-def exact(teacher, student, upstream=1.0):
+def exact(teacher, student, upstream=1.0, hard_share=1.0):
     """Loss and gradients by the formula in float64."""
     student = [level.detach().double().requires_grad_() for level in student]
-    loss = formula([level.detach().double() for level in teacher], student)
+    loss = formula([level.detach().double() for level in teacher], student, hard_share)
     return loss.detach(), torch.autograd.grad(loss * upstream, student)
 
 
-def fused(teacher, student, upstream=1.0):
-    loss = StfpmExtLoss()(teacher, student)
+def fused(teacher, student, upstream=1.0, hard_share=1.0):
+    loss = StfpmExtLoss(hard_share)(teacher, student)
     return loss.detach(), torch.autograd.grad(loss * upstream, student)
 
 
-def assert_gradients_close(gradients, expected, student, upstream=1.0):
+def assert_gradients_close(gradients, expected, student, upstream=1.0, hard_share=1.0):
     """As near as float32 scalars allow, and for narrower gradients their own rounding."""
     for gradient, wanted, level in zip(gradients, expected, student, strict=True):
         assert gradient.dtype == level.dtype
@@ -53,7 +54,7 @@ def assert_gradients_close(gradients, expected, student, upstream=1.0):
         scalars = own if gradient.dtype == torch.float64 else torch.finfo(torch.float32)
         # The gradient is the difference, small for a student like the teacher, of two vectors of this length.
         length = 2 / level.detach().double().norm(dim=1, keepdim=True).clamp_min(1e-12) * abs(upstream)
-        length /= wanted[:, 0].numel()
+        length /= max(hard_share * wanted[:, 0].numel(), 1)
         allowed = 4 * scalars.eps * length + own.eps * wanted.abs() + own.smallest_normal * own.eps
         assert ((gradient.double() - wanted).abs() <= allowed).all()
 
@@ -69,27 +70,78 @@ def test_formula_and_relation_to_anomalib(batch):
     assert STFPMLoss()(*tensors).item() == pytest.approx(loss.item() * batch / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("hard_share", [0.7, 0.1, 0.004, 1e-9])
+def test_hardest_positions(hard_share):
+    """Those of the batch, at least one at each level."""
+    teacher, student = make_features(PYRAMIDS["resnet18"], 3, (64, 96))
+    expected = 0
+    for t, s in zip(teacher, student, strict=True):
+        distances = np.sort(2 * reference.distance(t, s), axis=None)[::-1]
+        expected += distances[: math.ceil(hard_share * len(distances))].mean()
+    tensors = [list(map(torch.from_numpy, side)) for side in (teacher, student)]
+    assert StfpmExtLoss(hard_share)(*tensors).item() == pytest.approx(expected, rel=1e-6)
+    assert formula(*tensors, hard_share).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_positions_as_hard_as_the_last_one_count():
+    """Half of the positions are equal: they all count or none, whatever their order."""
+    teacher = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1).expand(2, 2, 4, 4)
+    student = teacher.clone()
+    student[:, :, :2] *= -1  # 4
+    student[0, :, 2] = 1  # 2 - sqrt(2)
+    for share, expected in [(0.01, 4), (0.5, 4), (0.51, (16 * 4 + 4 * (2 - 2**0.5)) / 20), (0.8, 2 + (2 - 2**0.5) / 8)]:
+        loss, gradients = fused([teacher], [student.requires_grad_()], hard_share=share)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        wanted = exact([teacher], [student], hard_share=share)
+        assert_gradients_close(gradients, wanted[1], [student], hard_share=share)
+    assert not gradients[0][1, :, 3].any()
+
+
+def test_not_a_number_is_the_hardest():
+    teacher, student = pyramids([(5, 4)], 2, (16, 24))
+    student[0].data[1, 2, 3, 4] = torch.nan
+    for loss, gradients in (pick(teacher, student, hard_share=0.1) for pick in (fused, exact)):
+        assert loss.isnan()
+        assert gradients[0][1, :, 3, 4].isnan().all()
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, math.nan, math.inf])
+def test_share_out_of_range(share):
+    with pytest.raises(ValueError, match=r"hard_share: wanted a number above 0 and of at most 1, got"):
+        StfpmExtLoss(share)
+    with pytest.raises(ValueError, match=r"hard_share: wanted a number above 0 and of at most 1, got"):
+        OPERATOR([LEVEL], [LEVEL], share)
+
+
+@pytest.mark.parametrize("share", ["0.1", None, True])
+def test_share_of_another_type(share):
+    with pytest.raises(TypeError, match="hard_share: wanted a number, got"):
+        StfpmExtLoss(share)
+
+
+@pytest.mark.parametrize("hard_share", [1, 0.3])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_gradcheck(memory_format):
+def test_gradcheck(memory_format, hard_share):
     """Three levels of odd sizes, and a position where the teacher is zero."""
     teacher, student = pyramids([(3, 4), (17, 7), (33, 30)], 2, (21, 27), torch.float64, memory_format)
     teacher[0][0, :, 2, 3] = 0
-    assert gradcheck(lambda *levels: StfpmExtLoss()(teacher, levels), student)
+    assert gradcheck(lambda *levels: StfpmExtLoss(hard_share)(teacher, levels), student)
     with pytest.raises(NotImplementedError, match=r"no second derivative: differentiate anomalib_stfpm_ext.loss.form"):
         gradgradcheck(lambda *levels: StfpmExtLoss()(teacher, levels), student)
 
 
-@pytest.mark.parametrize("upstream", [1.0, -3e4])
+@pytest.mark.parametrize(("upstream", "hard_share"), [(1.0, 1.0), (-3e4, 1.0), (1.0, 0.05)])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_agrees_with_the_formula(dtype, memory_format, upstream):
+def test_agrees_with_the_formula(dtype, memory_format, upstream, hard_share):
     """More positions than a task has, fewer than a vector; channels that no vector divides."""
     teacher, student = pyramids([(64, 2), (37, 7), (5, 64)], 3, (61, 50), dtype, memory_format)
-    loss, gradients = fused(teacher, student, upstream)
-    expected, expected_gradients = exact(teacher, student, upstream)
+    loss, gradients = fused(teacher, student, upstream, hard_share)
+    expected, expected_gradients = exact(teacher, student, upstream, hard_share)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-7, atol=0)
-    assert_gradients_close(gradients, expected_gradients, student, upstream)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-7 if hard_share == 1 else 3e-7  # torch's sum
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    assert_gradients_close(gradients, expected_gradients, student, upstream, hard_share)
     assert [gradient.stride() for gradient in gradients] == [level.stride() for level in student]
 
 
@@ -111,12 +163,13 @@ def test_autocast(dtype):
         loss.backward()
         return loss, networks[1].weight.grad.clone()
 
-    loss, gradient = train(StfpmExtLoss())
-    assert loss.dtype == torch.float32
-    expected, expected_gradient = train(lambda *sides: formula(*(list(side.values()) for side in sides)))
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    tolerance = 10 * torch.finfo(dtype).eps
-    assert (gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm()
+    for share in (1, 0.1):
+        loss, gradient = train(StfpmExtLoss(share))
+        assert loss.dtype == torch.float32
+        expected, expected_gradient = train(lambda *sides: formula(*(list(side.values()) for side in sides), share))  # noqa: B023
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        tolerance = 10 * torch.finfo(dtype).eps
+        assert (gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm()
 
 
 @pytest.mark.parametrize(
@@ -201,15 +254,16 @@ def test_every_half_is_written_rightly():
     assert fused([torch.ones_like(nan.detach())], [nan])[1][0].isnan().all()
 
 
+@pytest.mark.parametrize("hard_share", [1, 0.1])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_same_bits_for_any_number_of_threads(memory_format):
+def test_same_bits_for_any_number_of_threads(memory_format, hard_share):
     teacher, student = pyramids(PYRAMIDS["resnet18"], 3, (200, 312), memory_format=memory_format)
     threads = torch.get_num_threads()
     try:
         results = []
         for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
-            loss, gradients = fused(teacher, student)
+            loss, gradients = fused(teacher, student, hard_share=hard_share)
             results.append([loss, *gradients])
     finally:
         torch.set_num_threads(threads)
@@ -239,14 +293,14 @@ def test_instruction_sets_agree_to_the_bit(python):
     assert len({output.replace(isa, "") for isa, output in outputs.items()}) == 1
 
 
-def test_keeps_two_numbers_for_each_position_and_never_waits():
+def test_keeps_three_numbers_for_each_position_and_never_waits():
     """What a step allocates, and which operators it runs: no copy of a feature, none that reads a value back."""
     teacher, student = pyramids([(64, 4)], 2, (128, 128), memory_format=torch.channels_last)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         loss = StfpmExtLoss()(teacher, student)
     own = [tensor for tensor in kept if tensor.data_ptr() not in {level.data_ptr() for level in teacher + student}]
-    assert [tensor.shape for tensor in own] == [(2, 2 * 32 * 32)]
+    assert [tensor.shape for tensor in own] == [(3, 2 * 32 * 32)]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss.backward()
     events = profiler.events()
@@ -259,6 +313,7 @@ def test_operators_as_torch_wants_them():
     for memory_format in FORMATS:
         teacher, student = pyramids([(5, 4), (6, 8)], 2, (16, 24), memory_format=memory_format)
         torch.library.opcheck(OPERATOR, (teacher, student))
+        torch.library.opcheck(OPERATOR, (teacher, student, 0.1))
         loss, scalars = OPERATOR(teacher, [level.detach() for level in student])
         torch.library.opcheck(
             BACKWARD, (torch.ones_like(loss), teacher, [level.detach() for level in student], scalars)
@@ -374,7 +429,7 @@ def test_backward_operator_checks_what_it_gets():
     for arguments, message in [
         ((upstream.double(), [LEVEL], student, scalars), "upstream: wanted torch.float32 on cpu, got torch.float64 on"),
         ((upstream[None], [LEVEL], student, scalars), r"upstream: wanted shape \(\), contiguous, got \(1,\)"),
-        ((upstream, [LEVEL], student, scalars[:, 1:]), r"scalars: wanted shape \(2, 40\), contiguous, got \(2, 39\)"),
+        ((upstream, [LEVEL], student, scalars[:, 1:]), r"scalars: wanted shape \(3, 40\), contiguous, got \(3, 39\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             BACKWARD(*arguments)

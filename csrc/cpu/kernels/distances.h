@@ -20,18 +20,20 @@ void level_distances(const Level& level, int64_t image, int64_t begin, int64_t e
 }
 
 template <class T, class Real>
-double level_matching(const Level& level, int64_t image, int64_t begin, int64_t end, Real* factors, Real* projections) {
+double level_matching(const Level& level, int64_t image, int64_t begin, int64_t end, Real* factors, Real* projections,
+                      Real* values) {
   double sum = 0;
   dot_products<T>(level, image, begin, end, [&](int64_t position, int64_t count, const DotProducts& sums) {
-    double values[kTile];
+    double exact[kTile];
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const Matching one = matching(sums.teacher_teacher[i], sums.student_student[i], sums.teacher_student[i]);
-      values[i] = one.value;
+      exact[i] = one.value;
       factors[position + i] = static_cast<Real>(one.factor);
       projections[position + i] = static_cast<Real>(one.projection);
+      values[position + i] = static_cast<Real>(one.value);
     }
-    for (int64_t i = 0; i < count; ++i) sum += values[i];  // in this order, for every vector width
+    for (int64_t i = 0; i < count; ++i) sum += exact[i];  // in this order, for every vector width
   });
   return sum;
 }

@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <cstring>
+
 #include "../../distance_math.h"
 #include "elements.h"
 
@@ -70,7 +72,9 @@ void level_gradients(const Level& level, const MutableFeatures& target, int64_t 
       const T* const one_t = t + i * teacher.column_stride;
       const T* const one_s = s + i * student.column_stride;
       T* const one_g = g + i * gradients.column_stride;
-      if (channels_last)
+      if (channels_last && factor == 0.0)  // as of most positions where the hardest alone count
+        std::memset(one_g, 0, static_cast<size_t>(level.channels) * sizeof(T));
+      else if (channels_last)
         position_gradients(one_t, 1, one_s, 1, one_g, 1, level.channels, factor, projection);
       else
         position_gradients(one_t, teacher.channel_stride, one_s, student.channel_stride, one_g,
