@@ -134,6 +134,18 @@ def time_in_turns(
     Returns:
         dict[str, float]: The medians by name.
     """
+    samples = sample_in_turns(candidates, seconds, clock, before, turns)
+    return {name: statistics.median(of_name) for name, of_name in samples.items()}
+
+
+def sample_in_turns(
+    candidates: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+    before: Callable[[], Any] = lambda: None,
+    turns: int = 5,
+) -> dict[str, list[float]]:
+    """Return all seconds that :func:`time_in_turns` makes its medians of."""
     clock = clock or Timer().wall_seconds
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
@@ -143,7 +155,7 @@ def time_in_turns(
         for name, candidate in candidates.items():
             before()
             times[name].append(clock(candidate))
-    return {name: statistics.median(samples) for name, samples in times.items()}
+    return times
 
 
 class CacheEviction:

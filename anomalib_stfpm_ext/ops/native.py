@@ -255,6 +255,11 @@ def max_pooling(call: PoolingCall, num_threads: int) -> None:
     _core.max_pooling(call, num_threads)
 
 
+def threads_are_late() -> bool:
+    """Tell whether threads have begun late, since other programs want the processor: then the caller works alone."""
+    return _core.threads_are_late()
+
+
 def run_all(functions: Sequence[Callable[[], Result]], num_threads: int) -> list[Result]:
     """Call functions on ``num_threads`` threads, the caller's among them; raise the first error, if any."""
     return _core.run_all(functions, num_threads)

@@ -19,7 +19,7 @@ py::list run_all(const std::vector<py::function>& functions, int num_threads) {
   std::exception_ptr error;
   std::atomic<size_t> next{0};
   without_gil([&] {
-    run_team(num_threads, [&] {
+    run_on_torch_threads(num_threads, [&] {
       for (size_t index = next++; index < functions.size(); index = next++) {
         const py::gil_scoped_acquire gil;  // guards the error as well
         try {

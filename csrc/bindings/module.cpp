@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "../cpu/team.h"
 #include "calls.h"
 #include "concurrent.h"
 #include "fingerprint.h"
@@ -103,6 +104,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("gradients"), py::arg("num_threads"));
   module.def("max_pooling", &pool_on_cpu, py::arg("call"), py::arg("num_threads"));
   module.def("fingerprint", &fingerprint_of, py::arg("blocks"));
+  module.def("threads_are_late", &threads_are_late);
   module.def("run_all", &run_all, py::arg("functions"), py::arg("num_threads"));
   module.attr("most_partial_sums") = kMostPartialSums;
 #ifdef STFPM_EXT_CUDA_ARCHITECTURES

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "../anomaly_map.h"
@@ -38,16 +40,20 @@ class TaskQueue {
   void work(const Task& task) {
     for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
       task(index);
-      done_.fetch_add(1, std::memory_order_release);
+      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) tell();
     }
   }
 
-  /// Returns once every task is done. Tasks still under way are with running threads, so the wait is short.
-  void wait() const;
+  /// Returns once every task is done.
+  void wait();
 
  private:
+  void tell();
+
   const int64_t count_;
   std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
 };
 
 }  // namespace stfpm_ext

@@ -2,6 +2,8 @@
 
 """The scorer in many threads, after a fork, in DataLoader workers and while the interpreter ends."""
 
+import os
+
 import pytest
 
 PREAMBLE = """
@@ -91,6 +93,28 @@ for method in ("fork",):
     assert all(torch.equal(scores[0], expected) for scores in loader)
 """
     )
+
+
+BUSY = """
+import subprocess, time
+from anomalib_stfpm_ext.ops import native
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])  # one processor for four threads and other programs
+loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+try:
+    end = time.monotonic() + 20
+    while not native.threads_are_late():
+        assert np.asarray(anomaly_map(*features, (256, 256))[0]).tobytes() == expected
+        assert time.monotonic() < end, "threads that do not get the processor are not noticed"
+    for _ in range(5):
+        assert np.asarray(anomaly_map(*features, (256, 256))[0]).tobytes() == expected
+finally:
+    for loop in loops: loop.kill()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to leave one processor to the process")
+def test_threads_that_begin_late_are_done_without(python):
+    python(PREAMBLE + WITH_TORCH + "expected = np.asarray(anomaly_map(*features, (256, 256))[0]).tobytes()\n" + BUSY)
 
 
 def test_interpreter_ends_in_mid_use(python):
