@@ -4,10 +4,9 @@
 
 import platform
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata, util
 from pathlib import Path
 
 
@@ -67,7 +66,7 @@ def _cuda() -> str:
 
 
 def _packed() -> str:
-    from .inference.folding import why_not_packed
+    from .inference.packing import why_not_packed
 
     reason = why_not_packed()
     return f"no, inference on the CPU is slower: {reason}" if reason else "yes, the fast way on the CPU"
@@ -88,10 +87,14 @@ def _scores() -> str:
 
 
 def _registered() -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # anomalib's own
-        models = import_module("anomalib.models")
-    if "stfpm_ext" not in models.list_models():
+    models = sys.modules.get("anomalib.models")
+    if models is None:  # its import takes seconds
+        spec = util.find_spec("anomalib.models")
+        execute = spec and spec.loader and spec.loader.exec_module
+        known = getattr(execute, "__module__", "") == "_anomalib_stfpm_ext_autoload"
+    else:
+        known = "stfpm_ext" in models.list_models()
+    if not known:
         msg = "StfpmExt is not among anomalib's models; is _anomalib_stfpm_ext_autoload.pth in site-packages?"
         raise LookupError(msg)
-    return "yes"
+    return "yes" if models else "yes, it imports StfpmExt after its own models"

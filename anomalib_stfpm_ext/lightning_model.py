@@ -41,15 +41,14 @@ from .callbacks import (
     UnchangedStudent,
 )
 from .callbacks.learning_rate import default_rate
-from .callbacks.scoring_dtype import InferencePrecision, asked_precision
-from .callbacks.student_selection import Selection
-from .callbacks.teacher_cache import CacheLocation
+from .callbacks.scoring_dtype import asked_precision
+from .choices import CacheLocation, CompileMode, InferencePrecision, Selection
 from .depthwise import DepthwiseGradients
 from .exports import ExactExports
 from .inference.post_processing import FewPassPostProcessor, use_middle_threshold
 from .loss import StfpmExtLoss
 from .settings import check_settings, limit_epochs, pass_over_single_image, plain
-from .torch_model import CompileMode, StfpmExtModel
+from .torch_model import StfpmExtModel
 from .visualizer import BackgroundImageVisualizer
 from .weights import read_file
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ._compat.torch import is_traced, register_namedtuple
+from .choices import CompileMode
 from .errors import fail
 from .feature_pyramid import CPU_PIXELS, FeaturePyramid, InferenceCopy, Student, Teacher
 from .inference.concurrent import can_run_concurrently, run_concurrently
@@ -32,7 +33,6 @@ register_namedtuple(InferenceBatch, "anomalib.data.InferenceBatch")
 
 Sides = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]  # features by level, of teacher and student
 Copies = tuple[InferenceCopy, InferenceCopy]  # of teacher and student
-CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
 class StfpmExtModel(nn.Module):

@@ -46,7 +46,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from matplotlib import pyplot as plt
 
 from anomalib_stfpm_ext import StfpmExt
-from anomalib_stfpm_ext.callbacks.learning_rate import PAPERS_RATE
+from anomalib_stfpm_ext.choices import PAPERS_RATE
 from anomalib_stfpm_ext.metrics import METRICS, measure
 from anomalib_stfpm_ext.ops.reference import squared_distance
 from anomalib_stfpm_ext.reproduce.runs import draw_contact_sheet

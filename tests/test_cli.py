@@ -3,6 +3,7 @@
 """The command ``stfpm-ext``: its subcommands, their options and errors."""
 
 import csv
+import inspect
 import io
 import sys
 from importlib.metadata import entry_points
@@ -12,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_stfpm_ext import StfpmExt, load_model
+from anomalib_stfpm_ext import StfpmExt, diagnosis, load_model
 from anomalib_stfpm_ext.cli import main
+from anomalib_stfpm_ext.cli.parser import GROUPS
 from anomalib_stfpm_ext.convert import save_checkpoint
+from anomalib_stfpm_ext.reproduce import make_parser
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,55 @@ def test_help_names_all_commands(capsys):
     assert all(name in printed for name in ("info", "watch", "draw", "convert", "reproduce"))
 
 
+def modules_after(python, *arguments: str) -> list[str]:
+    """Return the modules that a command has imported at its end."""
+    script = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules))\n"
+    ended = python(f"{script}from anomalib_stfpm_ext.cli import main; main({list(arguments)})", check=False)
+    return ended.stdout.partition("MODULES")[2].split()
+
+
+COMMANDS = [["info"], ["watch"], ["reproduce"], *([group, task] for group in GROUPS for task in GROUPS[group][1])]
+AT_ONCE = [["--help"], ["--print_shtab", "bash"], ["--mispelt"]]
+AT_ONCE += [[*command, option] for command in COMMANDS for option in ("--help", "--mispelt")]
+
+
+@pytest.mark.parametrize("arguments", AT_ONCE, ids=" ".join)
+def test_what_scores_nothing_imports_little(python, arguments):
+    modules = modules_after(python, *arguments)
+    assert 100 < len(modules) < 500  # torch alone has 1000
+    assert {name.partition(".")[0] for name in modules} & {"anomalib", "lightning", "numpy", "rich", "torch"} == set()
+
+
+def test_info_imports_torch_but_no_models(python):
+    modules = modules_after(python, "info")
+    assert "torch" in modules
+    assert {"anomalib.models", "lightning", "timm", "torchvision"} & set(modules) == set()
+
+
+def test_options_of_the_model_are_its_arguments():
+    """The parser reads them from the source of StfpmExt, which it does not import."""
+    options = inspect.signature(StfpmExt).parameters.keys() - {"seed"}
+    options -= {"pre_processor", "post_processor", "evaluator", "visualizer"}
+    described = {action.dest: action.help for action in make_parser()._actions}
+    assert options <= described.keys()
+    assert all(described[name] for name in options)
+
+
 def test_info(capsys):
     main(["info"])
     assert "scores correctly     yes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_info_knows_without_an_import_whether_anomalib_will_know_the_model(monkeypatch, is_found):
+    monkeypatch.delitem(sys.modules, "anomalib.models")
+    if is_found:
+        assert diagnosis._registered() == "yes, it imports StfpmExt after its own models"
+        return
+    others = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") != "StfpmExtFinder"]
+    monkeypatch.setattr(sys, "meta_path", others)
+    with pytest.raises(LookupError, match=r"autoload\.pth"):
+        diagnosis._registered()
 
 
 def test_watch(checkpoint, folder, tmp_path):

@@ -32,7 +32,7 @@ from torch.nn.utils.prune import identity
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import CenterCrop, Compose, GaussianBlur, Normalize, Resize
 
-from anomalib_stfpm_ext import Predictor, StfpmExt, load_model
+from anomalib_stfpm_ext import Predictor, StfpmExt, figures, load_model
 from anomalib_stfpm_ext.backbones import pretrained_name
 from anomalib_stfpm_ext.cli import draw
 from anomalib_stfpm_ext.convert import save_checkpoint
@@ -620,7 +620,7 @@ def test_maps_of_a_crop_lie_where_the_model_looks(make_model, tmp_path, monkeypa
         (tmp_path / folder_name).mkdir()
         Image.fromarray(pixels).save(tmp_path / folder_name / "0.png")
     drawn = []
-    monkeypatch.setattr(draw, "draw_levels", lambda *arguments: drawn.append(arguments) or Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(figures, "draw_levels", lambda *arguments: drawn.append(arguments) or Image.new("RGB", (1, 1)))
     draw.levels(tmp_path / "model.ckpt", tmp_path / "images", tmp_path / "output", tmp_path / "masks")
     ((image, levels, mask, _),) = drawn
     assert image.shape[:2] == mask.shape == levels.product.shape == (32, 32)

@@ -317,7 +317,7 @@ def test_file_that_changes_while_it_is_read_is_read_again(checkpoint, folder, mo
             shutil.copyfile(other, victim)
         return image
 
-    monkeypatch.setattr("anomalib_stfpm_ext.watch.service.read_image", read_and_replace)
+    monkeypatch.setattr("anomalib_stfpm_ext.watch.scoring.read_image", read_and_replace)
     watch(checkpoint, folder, "--once")
     assert rows(folder)["bad/0.png"]["score"] == rows(folder)["bad/1.png"]["score"]
 

@@ -2,22 +2,20 @@
 
 """The learning rate where the user gives none, chosen once the number of held-out images is known."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from ..choices import PAPERS_RATE, Selection
 from ..selection.synthetic import FEWEST_IMAGES
 
-if TYPE_CHECKING:
-    from .student_selection import Selection
-
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
-PAPERS_RATE, LARGE_RATE = 0.4, 1.6
+LARGE_RATE = 1.6
 
 
-def default_rate(student: nn.Module, selection: "Selection", precise_bn: bool, held_out: float) -> tuple[float, str]:
+def default_rate(student: nn.Module, selection: Selection, precise_bn: bool, held_out: float) -> tuple[float, str]:
     """Choose four times the paper's learning rate where that is known to work well, else the paper's.
 
     Batch norm cancels the scale of the weights before it. Too large a step only increases that scale, so that the next

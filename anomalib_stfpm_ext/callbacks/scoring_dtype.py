@@ -2,7 +2,7 @@
 
 """The precision in which the networks score: the one that the model, or else the trainer, asks for."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,11 +10,11 @@ from lightning.pytorch.plugins.precision import Precision as FullPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from ..choices import InferencePrecision
 from ..errors import fail
 from ..inference.precision import Precision, dtype_on
 from ..selection.trial import FEWEST_IMAGES, Trial, try_precision
 
-InferencePrecision = Literal["float32", "bfloat16", "float16", "auto"]
 # The precision of validation, test and prediction, by the trainer's.
 OF_TRAINER: dict[str, Precision] = {
     "bf16-mixed": "bfloat16",
@@ -117,7 +117,7 @@ def check_precision(precision: str | None) -> None:
         precision (str | None): Its value.
 
     Raises:
-        ValueError: If it is none of :data:`InferencePrecision`.
+        ValueError: If it is none of :data:`.InferencePrecision`.
     """
     if precision is not None and precision not in get_args(InferencePrecision):
         fail(ValueError, "inference_precision", f"None or one of {get_args(InferencePrecision)}", repr(precision))

@@ -3,7 +3,7 @@
 """Student selection: images that are held out of the training decide which epoch's student is kept."""
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchmetrics import Metric
 
+from ..choices import Selection
 from ..errors import fail
 from ..selection.hold_out import check_share, hold_out
 from ..selection.judge import Judge
@@ -24,8 +25,6 @@ from .finite_loss import fail_as_diverged, where
 if TYPE_CHECKING:
     from ..inference.precision import Precision
     from ..lightning_model import StfpmExt
-
-Selection = Literal["held_out_map", "synthetic"]
 
 
 class StudentSelection(Callback):

@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from anomalib.pre_processing.utils.spec import transform_to_spec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..choices import CacheLocation
 from ..data.nested import leaves
 from ..errors import fail
 from .fit_resource import FitResource
 
 Features = dict[str, torch.Tensor]
-CacheLocation = Literal["auto", "memory", "disk"]
 AUTO_SHARE = 4  # "auto" takes a quarter of the free memory at most
 # Containers, and jobs of SLURM and systemd, run in control groups. For versions 2 and 1: the folder, the files of limit
 # and usage, and the name of the memory that can be reclaimed.

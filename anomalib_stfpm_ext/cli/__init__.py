@@ -4,6 +4,9 @@
 
 import warnings
 
+from ..console import run_command
+from .parser import make_parser, run
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
@@ -11,8 +14,5 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments (list[str] | None): Its arguments. Defaults to ``None``, those of the process.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what anomalib's use of timm raises
-        from ..console import run_command
-        from .parser import make_parser, run
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")  # of anomalib's import
     run_command(make_parser(), run, arguments)

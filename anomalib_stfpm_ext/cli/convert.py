@@ -4,9 +4,10 @@
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..convert import read_anomalib_checkpoint, read_authors_student, save_checkpoint, write_authors_student
-from ..lightning_model import StfpmExt
+if TYPE_CHECKING:
+    from ..lightning_model import StfpmExt
 
 
 def from_authors(student: Path, output: Path, teacher_weights: bool | Path = True) -> None:
@@ -17,6 +18,8 @@ def from_authors(student: Path, output: Path, teacher_weights: bool | Path = Tru
         output: The checkpoint to write.
         teacher_weights: File with torchvision's weights of ResNet18, or true for those from cache or internet.
     """
+    from ..convert import read_authors_student
+
     _save(read_authors_student(student, teacher_weights, "student"), output)
 
 
@@ -29,6 +32,8 @@ def from_anomalib(checkpoint: Path, output: Path, backbone: str | None = None, l
         backbone: The backbone, for a checkpoint that does not name it.
         layers: The layers, likewise, as in [layer1,layer2].
     """
+    from ..convert import read_anomalib_checkpoint
+
     _save(read_anomalib_checkpoint(checkpoint, backbone, layers, "checkpoint"), output)
 
 
@@ -40,11 +45,15 @@ def to_authors(checkpoint: Path, output: Path, category: str = "") -> None:
         output: The file to write, snapshots/CATEGORY/best.pth.tar for them.
         category: The category that the file names.
     """
+    from ..convert import write_authors_student
+
     write_authors_student(checkpoint, output, category, "checkpoint")
     print(f"wrote {output}")
 
 
-def _save(model: StfpmExt, output: Path) -> None:
+def _save(model: "StfpmExt", output: Path) -> None:
+    from ..convert import save_checkpoint
+
     save_checkpoint(model, output)
     backbone, layers = model.model.teacher_model.backbone, ",".join(model.model.teacher_model.layers)
     print(

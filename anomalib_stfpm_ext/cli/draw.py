@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from anomalib.data.utils import read_mask
-from rich.progress import track
-from torchvision.tv_tensors import Mask
-
 from ..console import tell
-from ..data.images import find_images, passed_over, read_image
-from ..data.transforms import seen, shows_all
 from ..errors import fail
-from ..figures import draw_histogram, draw_levels, measure_levels, raw_threshold
-from ..prediction import load_model
 
 
 def levels(
@@ -31,6 +22,14 @@ def levels(
         masks: Folder of masks, in the same subfolders, named like the images, with or without _mask at the end.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
     """
+    from rich.progress import track
+    from torchvision.tv_tensors import Mask
+
+    from ..data.images import read_image
+    from ..data.transforms import seen, shows_all
+    from ..figures import draw_levels, measure_levels, raw_threshold
+    from ..prediction import load_model
+
     model, paths = load_model(checkpoint, teacher_weights=teacher_weights), _images("images", images)
     if output.resolve() in (images.resolve(), *images.resolve().parents):
         fail(ValueError, "output", "a folder that does not hold the images, which it might overwrite", output)
@@ -59,6 +58,13 @@ def histogram(checkpoint: Path, good: Path, defective: Path, output: Path, teach
         output: The picture to write.
         teacher_weights: The teacher's weights, for a checkpoint that leaves them out.
     """
+    import torch
+    from rich.progress import track
+
+    from ..data.images import read_image
+    from ..figures import draw_histogram, measure_levels, raw_threshold
+    from ..prediction import load_model
+
     model = load_model(checkpoint, teacher_weights=teacher_weights)
     good_paths, defective_paths = _images("good", good), _images("defective", defective)
     scores = [
@@ -74,6 +80,8 @@ def histogram(checkpoint: Path, good: Path, defective: Path, output: Path, teach
 
 
 def _read_mask(path: Path) -> Any:
+    from anomalib.data.utils import read_mask
+
     try:
         mask = read_mask(path)
     except Exception as error:  # decoders raise errors of all kinds
@@ -82,6 +90,8 @@ def _read_mask(path: Path) -> Any:
 
 
 def _images(argument: str, folder: Path) -> list[Path]:
+    from ..data.images import find_images, passed_over
+
     paths, others = find_images(folder), passed_over(folder.glob("**/*"))
     if others:
         tell(f"{argument}: not drawn: {others}")

@@ -5,7 +5,6 @@
 import copy
 import logging
 import operator
-import platform
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache, partial
@@ -17,8 +16,9 @@ from timm.layers import Conv2dSame, pad_same
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .._compat.torch import convolve_packed, lacks_packed_convolution, own_tensors, pack_convolution
+from .._compat.torch import convolve_packed, own_tensors, pack_convolution
 from ..errors import fail
+from .packing import why_not_packed
 from .pooling import InferenceMaxPool2d, is_plain
 
 logger = logging.getLogger(__name__)
@@ -32,21 +32,6 @@ _ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
     nn.SiLU: ("swish", []),
     nn.Hardswish: ("hardswish", []),
 }
-
-
-@cache
-def why_not_packed() -> str | None:
-    """Say why convolutions on a CPU do not keep their weights in oneDNN's layout, which is the fastest way.
-
-    Returns:
-        str | None: The reason, or ``None`` if they do.
-    """
-    if platform.machine() != "x86_64":
-        return f"oneDNN has been measured on x86_64 only, not on {platform.machine()}"
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "this torch was built without oneDNN"
-    missing = lacks_packed_convolution()
-    return missing and f"torch {torch.__version__} has no {missing}"
 
 
 def fold(network: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Module | None:

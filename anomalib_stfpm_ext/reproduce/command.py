@@ -2,26 +2,19 @@
 
 """The command: it checks the arguments, and makes the runs that are still missing, in parallel on several GPUs."""
 
+import ast
 import inspect
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import torch
-from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
-from anomalib.pipelines.components.runners.parallel import ParallelExecutionError
-from anomalib.pipelines.components.runners.serial import SerialExecutionError
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from .. import choices
 from ..errors import fail
 from ..files import lock
-from ..lightning_model import StfpmExt
-from ..scorer import cpu_count
-from .datasets import find_categories
-from .runs import PAPERS_RULES, Plan, ReproduceJobGenerator
-from .tables import write_tables
 
 
 def reproduce(
@@ -56,6 +49,13 @@ def reproduce(
             results with other settings.
         RuntimeError: If a run fails; the others are still made.
     """
+    import torch
+
+    from ..lightning_model import StfpmExt
+    from ..scorer import cpu_count
+    from .datasets import find_categories
+    from .runs import Plan, run_all
+
     num_gpus = torch.cuda.device_count()
     devices = max(num_gpus, 1) if devices is None else devices
     if not 1 <= devices <= (num_gpus or cpu_count()):
@@ -85,23 +85,9 @@ def reproduce(
         if no_lock:
             print(no_lock, file=sys.stderr)
         plan.claim_output()
-        _run_all(plan, seeds, devices)
+        run_all(plan, seeds, devices)
     print((output / "results.md").read_text(encoding="utf-8"))
     print(f"Tables, checkpoints and contact sheets are in {output}")
-
-
-def _run_all(plan: Plan, seeds: list[int], devices: int) -> None:
-    """Make the runs that have no results yet."""
-    generator = ReproduceJobGenerator()
-    runner = SerialRunner(generator) if devices == 1 else ParallelRunner(generator, n_jobs=devices)
-    try:
-        runner.run({"plan": plan, "seeds": seeds})
-    except (SerialExecutionError, ParallelExecutionError) as error:
-        failed = [f"{job.category} with seed {job.seed}" for job in generator({"plan": plan, "seeds": seeds})]
-        msg = f"no results of {', '.join(failed)}, for reasons told above; the same command tries only them again"
-        raise RuntimeError(msg) from error
-    finally:
-        write_tables(plan.data, plan.output)
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -113,9 +99,22 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog="python -m anomalib_stfpm_ext.reproduce")
     parser.add_function_arguments(reproduce, as_positional=False, skip={"model"})
     of_runs: set[str | int] = {"seed", "pre_processor", "post_processor", "evaluator", "visualizer"}
-    parser.add_class_arguments(StfpmExt, as_positional=False, skip=of_runs)
-    parser.set_defaults(**PAPERS_RULES)
+    parser.add_class_arguments(_arguments_of_model(), as_positional=False, skip=of_runs)
+    parser.set_defaults(**choices.PAPERS_RULES)
     return parser
+
+
+def _arguments_of_model() -> type:
+    """Make a class with the documented arguments of ``StfpmExt`` from its source, since its import takes seconds."""
+    source = Path(__file__).parents[1] / "lightning_model.py"
+    (model,) = (node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+    (init,) = (node for node in model.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    init.body = [ast.Pass()]
+    model.name, model.bases, model.body = "Arguments", [], [model.body[0], init]  # docstring and signature
+    of_anomalib = dict.fromkeys(("PreProcessor", "PostProcessor", "Evaluator", "Visualizer"), object)  # not options
+    names: dict[str, Any] = {**vars(choices), **of_anomalib, "Literal": Literal, "Path": Path, "Sequence": Sequence}
+    exec(compile(ast.fix_missing_locations(ast.Module([model], [])), source, "exec"), names)
+    return names["Arguments"]  # type: ignore[no-any-return]
 
 
 def run(given: dict[str, Any]) -> None:
@@ -124,6 +123,8 @@ def run(given: dict[str, Any]) -> None:
     Args:
         given (dict[str, Any]): The arguments of :func:`reproduce` and of ``StfpmExt``.
     """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     own = set(inspect.signature(reproduce).parameters)
     model = {name: value for name, value in given.items() if name not in own}
     try:

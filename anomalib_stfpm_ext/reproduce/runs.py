@@ -22,10 +22,13 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, Folder, ImageBatch, MVTecAD, Visa
 from anomalib.engine import Engine
 from anomalib.pipelines.components.base import Job, JobGenerator
+from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
+from anomalib.pipelines.components.runners.parallel import ParallelExecutionError
+from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from anomalib.visualization.image.functional import overlay_image, visualize_anomaly_map
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..callbacks.learning_rate import PAPERS_RATE
+from ..choices import PAPERS_RULES
 from ..data.images import read_image
 from ..errors import fail
 from ..figures import draw_sheet, pick
@@ -35,8 +38,6 @@ from ..metrics import measure
 from .datasets import Category, leave_out_junk
 from .tables import write_tables
 
-# The paper's settings where StfpmExt has other defaults.
-PAPERS_RULES = {"selection": "held_out_map", "precise_bn": False, "lr": PAPERS_RATE}
 # Former arguments of StfpmExt, and the values that they always have now.
 GONE = {
     "momentum": 0.9,
@@ -273,6 +274,29 @@ class ReproduceJobGenerator(JobGenerator):
             for category in plan.categories:
                 if not (plan.run_folder(category, seed) / "run.json").exists():
                     yield ReproduceJob(plan, category, seed)
+
+
+def run_all(plan: Plan, seeds: list[int], devices: int) -> None:
+    """Make the runs that have no results yet.
+
+    Args:
+        plan (Plan): What they have in common.
+        seeds (list[int]): Seeds of the runs.
+        devices (int): Number of runs at the same time.
+
+    Raises:
+        RuntimeError: If a run fails; the others are still made.
+    """
+    generator = ReproduceJobGenerator()
+    runner = SerialRunner(generator) if devices == 1 else ParallelRunner(generator, n_jobs=devices)
+    try:
+        runner.run({"plan": plan, "seeds": seeds})
+    except (SerialExecutionError, ParallelExecutionError) as error:
+        failed = [f"{job.category} with seed {job.seed}" for job in generator({"plan": plan, "seeds": seeds})]
+        msg = f"no results of {', '.join(failed)}, for reasons told above; the same command tries only them again"
+        raise RuntimeError(msg) from error
+    finally:
+        write_tables(plan.data, plan.output)
 
 
 def draw_contact_sheet(file: Path, batches: Sequence[ImageBatch]) -> None:

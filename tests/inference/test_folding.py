@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from anomalib_stfpm_ext import StfpmExt, feature_pyramid
 from anomalib_stfpm_ext.__main__ import diagnose
 from anomalib_stfpm_ext.feature_pyramid import Student
-from anomalib_stfpm_ext.inference import folding
-from anomalib_stfpm_ext.inference.folding import PackedConv2d, fold, why_not_packed
+from anomalib_stfpm_ext.inference import folding, packing
+from anomalib_stfpm_ext.inference.folding import PackedConv2d, fold
+from anomalib_stfpm_ext.inference.packing import why_not_packed
 
 
 @pytest.fixture
@@ -379,7 +380,7 @@ def test_resnets_have_a_copy_without_a_word(log):
 @pytest.fixture
 def torch_without_packed_convolutions(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(folding, "lacks_packed_convolution", lambda: "mkldnn._convolution_pointwise")
+    monkeypatch.setattr(packing, "lacks_packed_convolution", lambda: "mkldnn._convolution_pointwise")
     why_not_packed.cache_clear()
     yield
     why_not_packed.cache_clear()

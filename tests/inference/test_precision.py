@@ -8,7 +8,7 @@ from helpers import LAYERS, TINY_BACKBONES, skip_unless_computed
 
 from anomalib_stfpm_ext import StfpmExtModel, feature_pyramid, torch_model
 from anomalib_stfpm_ext.inference import folding, precision
-from anomalib_stfpm_ext.inference.folding import why_not_packed
+from anomalib_stfpm_ext.inference.packing import why_not_packed
 from anomalib_stfpm_ext.inference.precision import dtype_on, why_not
 
 REDUCED = ["bfloat16", "float16"]
