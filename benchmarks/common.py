@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from anomalib_stfpm_ext.ops import native
 
 RESNET18 = ((64, 4), (128, 8), (256, 16))  # channels and stride of each level
-LEVEL_WEIGHTS = (0.5, 1.0, 1.5)  # such as StfpmExt chooses
+LEVEL_WEIGHTS = (0.6, 1.1, 1.3)  # such as StfpmExt chooses
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 Pyramid = list[torch.Tensor]
 

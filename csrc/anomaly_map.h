@@ -30,6 +30,13 @@ inline bool combines_in_map(const AnomalyMapParams& params) {
   return params.combine_height == params.height && params.combine_width == params.width;
 }
 
+inline bool is_weighted_product(const AnomalyMapParams& params) {
+  if (params.combination != Combination::kProduct) return false;
+  for (int index = 0; index < params.num_levels; ++index)
+    if (params.levels[index].weight != 1.0) return true;
+  return false;
+}
+
 /// The first of two steps where the levels are combined at another size than the map's. It writes `combined`, [B,
 /// combine_height, combine_width] of the map's type.
 inline AnomalyMapParams combining_step(AnomalyMapParams params, void* combined) {

@@ -109,97 +109,143 @@ STFPM_EXT_HOST_DEVICE Interpolation<Real, Index> interpolation(Index index, Inde
   return {low, high, Real(1) - high_weight, high_weight};
 }
 
-/// The ways to add a level's pixel to those before it, which start from `identity`. NaN on either side stays.
+/// The ways to add a level's pixel to what the levels before it have come to (Partial), which starts from `identity`.
+/// NaN on either side stays.
 struct Product {
   double weight;  // 1, and not read
+  template <class Real>
+  using Partial = Real;
   static constexpr int identity = 1;
+  STFPM_EXT_HOST_DEVICE static bool counts() { return true; }
   template <class Real>
   STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
     return combined * pixel;
   }
-};
-
-STFPM_EXT_HOST_DEVICE double power(double base, double exponent) { return ::pow(base, exponent); }
-
-/// As above, for a base of at least 0. The result is off by 1e-7 of itself, and as if the base were off by 7e-8 of
-/// itself. It has no branches and computes in float alone, so that compilers fill their vectors.
-STFPM_EXT_HOST_DEVICE float power(float base, double exponent) {
-  if (exponent == 0.0) return 1.0f;
-  constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of sqrt(1/2)
-  constexpr float kRounding = 0x1.8p23f;     // a number that is added to it loses its fraction
-  // base = 2^whole * mantissa, with the mantissa from sqrt(1/2) to sqrt(2). Numbers below 2^-126 have no such bits.
-  const bool is_tiny = base < 0x1p-126f;
-  const float normal = is_tiny ? base * 0x1p24f : base;
-  int32_t bits;
-  std::memcpy(&bits, &normal, sizeof bits);
-  const int32_t shift = (bits - kHalfRoot) >> 23;
-  bits -= static_cast<int32_t>(static_cast<uint32_t>(shift) << 23);
-  float mantissa;
-  std::memcpy(&mantissa, &bits, sizeof mantissa);
-  const float whole = static_cast<float>(shift - (is_tiny ? 24 : 0));
-  // log2(m) = 2 / ln(2) * artanh((m - 1) / (m + 1))
-  const float x = (mantissa - 1.0f) / (mantissa + 1.0f), square = x * x;
-  float series = multiply_add(1.0f / 9, square, 1.0f / 7);
-  series = multiply_add(series, square, 1.0f / 5);
-  series = multiply_add(series, square, 1.0f / 3);
-  const float fraction = 2.88539008f * multiply_add(x * square, series, x);
-
-  // The exponent in two parts: the first has 16 bits, and its product with the whole number is not rounded.
-  const double limited = exponent < 0x1p40 ? exponent : 0x1p40;  // where every base but 1 ends at 0 or infinity
-  float high = static_cast<float>(limited);
-  std::memcpy(&bits, &high, sizeof bits);
-  bits &= ~0xff;
-  std::memcpy(&high, &bits, sizeof high);
-  const float low = static_cast<float>(limited - static_cast<double>(high));
-  const float exact = high * whole, rounded = multiply_add(high, fraction, low * (whole + fraction));
-
-  float nearest = exact + rounded;
-  nearest = nearest < -200.0f ? -200.0f : nearest > 200.0f ? 200.0f : nearest;  // beyond what float32 holds
-  nearest = (nearest + kRounding) - kRounding;
-  float rest = (exact - nearest) + rounded;
-  rest = rest < -1.0f ? -1.0f : rest > 1.0f ? 1.0f : rest;
-  rest *= 0.69314718f;  // 2^rest is now e^rest
-  float power_of_rest = multiply_add(1.0f / 5040, rest, 1.0f / 720);
-  power_of_rest = multiply_add(power_of_rest, rest, 1.0f / 120);
-  power_of_rest = multiply_add(power_of_rest, rest, 1.0f / 24);
-  power_of_rest = multiply_add(power_of_rest, rest, 1.0f / 6);
-  power_of_rest = multiply_add(power_of_rest, rest, 1.0f / 2);
-  power_of_rest = multiply_add(power_of_rest, rest, 1.0f);
-  power_of_rest = multiply_add(power_of_rest, rest, 1.0f);
-  const int32_t first = static_cast<int32_t>(nearest) >> 1, second = static_cast<int32_t>(nearest) - first;
-  const int32_t first_bits = (first + 127) << 23, second_bits = (second + 127) << 23;
-  float first_scale, second_scale;  // two powers of 2, since one may be beyond float32 where the result is not
-  std::memcpy(&first_scale, &first_bits, sizeof first_scale);
-  std::memcpy(&second_scale, &second_bits, sizeof second_scale);
-  return base > 0.0f ? power_of_rest * first_scale * second_scale : base;  // 0 or NaN
-}
-
-// Weights apply in double: a weight that float32 rounds to 0 or infinity is neither.
-struct WeightedProduct {
-  double weight;
-  static constexpr int identity = 1;
   template <class Real>
-  STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
-    return combined * power(pixel, weight);
+  STFPM_EXT_HOST_DEVICE static Real result(Real combined) {
+    return combined;
   }
 };
 
+template <class To, class From>
+STFPM_EXT_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+/// The sum of the logarithms, of base 2, of some levels' powers. For float32, in two parts: the first is exact, so that
+/// the product is off by 1e-7 of itself.
+template <class Real>
+struct LogarithmSum {
+  Real exact = 0, rest = 0;
+  LogarithmSum() = default;
+  STFPM_EXT_HOST_DEVICE LogarithmSum(Real exact, Real rest) : exact(exact), rest(rest) {}
+  STFPM_EXT_HOST_DEVICE LogarithmSum(int) {}
+};
+
+/// Powers of pixels, multiplied: one logarithm for each level, one power of 2 for each pixel. Both have no branches,
+/// divisions or tables, so that compilers fill their vectors. A level of weight 0 does not count, whatever its pixels
+/// are.
+struct WeightedProduct {
+  template <class Real>
+  using Partial = LogarithmSum<Real>;
+  static constexpr int identity = 0;
+  STFPM_EXT_HOST_DEVICE bool counts() const { return weight != 0.0; }
+
+  STFPM_EXT_HOST_DEVICE explicit WeightedProduct(double weight) : weight(weight) {
+    // Of the first part, multiples of 2^-15: its product with a whole number, and the sum of such products, is exact.
+    const double limited = weight < 0x1p40 ? weight : 0x1p40;  // where every base but 1 ends at 0 or infinity
+    high = bit_cast<float>(bit_cast<int32_t>(static_cast<float>(limited)) & ~0xff);
+    if (limited < 1.0) high = static_cast<float>(static_cast<int32_t>(limited * 0x1p15)) * 0x1p-15f;
+    low = static_cast<float>(limited - static_cast<double>(high));
+  }
+
+  STFPM_EXT_HOST_DEVICE LogarithmSum<double> operator()(LogarithmSum<double> sum, double pixel) const {
+    return {sum.exact + weight * ::log2(pixel), 0.0};
+  }
+  STFPM_EXT_HOST_DEVICE static double result(LogarithmSum<double> sum) { return ::exp2(sum.exact); }
+
+  STFPM_EXT_HOST_DEVICE LogarithmSum<float> operator()(LogarithmSum<float> sum, float pixel) const {
+    // pixel = 2^whole * mantissa, with the mantissa from sqrt(1/2) to sqrt(2). What is below 2^-126 counts as 0: no
+    // distance but 0 is below 1e-17.
+    constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of sqrt(1/2)
+    const int32_t bits = bit_cast<int32_t>(pixel), shift = (bits - kHalfRoot) >> 23;
+    const float x = bit_cast<float>(bits - static_cast<int32_t>(static_cast<uint32_t>(shift) << 23)) - 1.0f;
+    float series = 0.12569488f;  // log2(1 + x) / x, off by 5e-8 at most
+    series = multiply_add(series, x, -0.210059913f);
+    series = multiply_add(series, x, 0.217133586f);
+    series = multiply_add(series, x, -0.23855072f);
+    series = multiply_add(series, x, 0.287693845f);
+    series = multiply_add(series, x, -0.360720149f);
+    series = multiply_add(series, x, 0.480920654f);
+    series = multiply_add(series, x, -0.721347137f);
+    series = multiply_add(series, x, 1.4426949f);
+    const float whole = static_cast<float>(shift), fraction = x * series;
+    const float of_nothing = sum.exact + (pixel - HUGE_VALF);  // -infinity or NaN
+    return {pixel >= 0x1p-126f ? multiply_add(high, whole, sum.exact) : of_nothing,
+            multiply_add(high, fraction, multiply_add(low, whole + fraction, sum.rest))};
+  }
+
+  STFPM_EXT_HOST_DEVICE static float result(LogarithmSum<float> sum) {
+    constexpr float kRounding = 0x1.8p23f;  // a number that is added to it loses its fraction
+    float nearest = sum.exact + sum.rest;
+    nearest = nearest < -200.0f ? -200.0f : nearest > 200.0f ? 200.0f : nearest;  // beyond what float32 holds
+    const float rounded = nearest + kRounding;
+    const int32_t exponent = bit_cast<int32_t>(rounded) - bit_cast<int32_t>(kRounding);
+    float rest = (sum.exact - (rounded - kRounding)) + sum.rest;
+    rest = rest < -1.0f ? -1.0f : rest > 1.0f ? 1.0f : rest;
+    float power = 0.000154780173f;  // 2^rest, off by 2e-9
+    power = multiply_add(power, rest, 0.00134004317f);
+    power = multiply_add(power, rest, 0.00961799453f);
+    power = multiply_add(power, rest, 0.0555032722f);
+    power = multiply_add(power, rest, 0.240226515f);
+    power = multiply_add(power, rest, 0.693147207f);
+    power = multiply_add(power, rest, 1.0f);
+    // Two powers of 2, since one may be beyond float32 where the result is not.
+    const int32_t first = exponent >> 1, second = exponent - first;
+    const auto scale = [](int32_t of) {
+      return bit_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(of + 127) << 23));
+    };
+    return power * scale(first) * scale(second);
+  }
+
+  double weight;
+  float high, low;
+};
+
+// Weights apply in double: a weight that float32 rounds to 0 or infinity is neither.
 struct WeightedSum {
   double weight;
+  template <class Real>
+  using Partial = Real;
   static constexpr int identity = 0;
+  STFPM_EXT_HOST_DEVICE static bool counts() { return true; }
   template <class Real>
   STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
     return combined + static_cast<Real>(weight * static_cast<double>(pixel));
+  }
+  template <class Real>
+  STFPM_EXT_HOST_DEVICE static Real result(Real combined) {
+    return combined;
   }
 };
 
 struct WeightedMaximum {
   double weight;
+  template <class Real>
+  using Partial = Real;
   static constexpr int identity = 0;
+  STFPM_EXT_HOST_DEVICE static bool counts() { return true; }
   template <class Real>
   STFPM_EXT_HOST_DEVICE Real operator()(Real combined, Real pixel) const {
     const Real weighted = static_cast<Real>(weight * static_cast<double>(pixel));
     return combined >= weighted || combined != combined ? combined : weighted;
+  }
+  template <class Real>
+  STFPM_EXT_HOST_DEVICE static Real result(Real combined) {
+    return combined;
   }
 };
 

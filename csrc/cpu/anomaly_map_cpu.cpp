@@ -75,7 +75,7 @@ class PixelStep {
   }
 
   /// Elements of scratch memory that each thread needs.
-  int64_t scratch_size() const { return 2 * params_.num_levels * params_.width; }
+  int64_t scratch_size() const { return (2 * params_.num_levels + 1) * params_.width; }
 
   /// Takes blocks of rows until all are done.
   void work(Real* scratch) {

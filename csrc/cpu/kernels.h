@@ -34,8 +34,8 @@ struct Kernels {
   void (*distances)(DType dtype, const Level& level, int64_t image, int64_t begin, int64_t end, void* distances);
 
   /// Writes rows [begin, end) of one image's map (and level maps), and returns the map's maximum in them, or NaN if
-  /// there is one. `distances[l]`: the image's distances at level l, [height, width]. `scratch`: 2 * num_levels * width
-  /// Reals.
+  /// there is one. `distances[l]`: the image's distances at level l, [height, width]. `scratch`: (2 * num_levels + 1) *
+  /// width Reals.
   double (*rows)(const AnomalyMapParams& params, const void* const* distances, const Columns* columns, int64_t image,
                  int64_t begin, int64_t end, void* scratch);
 

@@ -110,7 +110,7 @@ template <class Combine, bool kKeepsLevels, class Real>
 __device__ auto map_of_column(const PixelStep& step, int image, int first_row, int rows, int column,
                               const Shared<Real>& shared) {
   const int pixels = step.height * step.width, first_pixel = first_row * step.width + column;
-  Real combined[kRows];
+  typename Combine::template Partial<Real> combined[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) combined[i] = Combine::identity;
 #pragma unroll 1
@@ -123,6 +123,7 @@ __device__ auto map_of_column(const PixelStep& step, int image, int first_row, i
     };
     const int64_t first_of_level = (int64_t{image} * step.num_levels + index) * pixels + first_pixel;
     const Combine combine{level.weight};
+    const bool counts = combine.counts();
     int row = -1;
     Real low = 0, high = 0;
 #pragma unroll
@@ -135,7 +136,7 @@ __device__ auto map_of_column(const PixelStep& step, int image, int first_row, i
         high = stretched(y.high);
       }
       const Real pixel = y.low_weight * low + y.high_weight * high;
-      combined[i] = combine(combined[i], pixel);
+      if (counts) combined[i] = combine(combined[i], pixel);
       if constexpr (kKeepsLevels) static_cast<Real*>(step.level_maps)[first_of_level + i * step.width] = pixel;
     }
   }
@@ -144,8 +145,9 @@ __device__ auto map_of_column(const PixelStep& step, int image, int first_row, i
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (i == rows) break;
-    map[i * step.width] = combined[i];
-    const auto bits = ordered_bits(combined[i]);
+    const Real pixel = Combine::result(combined[i]);
+    map[i * step.width] = pixel;
+    const auto bits = ordered_bits(pixel);
     maximum = bits > maximum ? bits : maximum;
   }
   return maximum;
@@ -265,9 +267,7 @@ template <class T>
 auto kernel_for(const AnomalyMapParams& params) {
   if (params.combination == Combination::kSum) return anomaly_map_kernel<T, WeightedSum>;
   if (params.combination == Combination::kMaximum) return anomaly_map_kernel<T, WeightedMaximum>;
-  const bool weighted = std::any_of(params.levels, params.levels + params.num_levels,
-                                    [](const Level& level) { return level.weight != 1.0; });
-  return weighted ? anomaly_map_kernel<T, WeightedProduct> : anomaly_map_kernel<T, Product>;
+  return is_weighted_product(params) ? anomaly_map_kernel<T, WeightedProduct> : anomaly_map_kernel<T, Product>;
 }
 
 cudaLaunchAttribute in_clusters() {

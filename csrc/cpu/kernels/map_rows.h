@@ -96,21 +96,43 @@ struct StretchedRows {
   }
 };
 
-/// Interpolates between two stretched rows and combines the result with the levels before.
+/// A row between two stretched rows of a level.
+template <class Real>
+struct LevelRow {
+  const Real *low, *high;
+  Real low_weight, high_weight;
+
+  Real operator[](int64_t x) const { return low_weight * low[x] + high_weight * high[x]; }
+};
+
+/// Combines a level with those before it.
 template <class Real, class Combine>
-void add_level_to_row(const Real* low, const Real* high, Real low_weight, Real high_weight, int64_t width,
-                      Real* level_row, Real* row, bool first, Combine combine) {
+void add_level_to_row(const LevelRow<Real> level, int64_t width, Real* row, bool first, Combine combine) {
   if (first) {
 #pragma omp simd
-    for (int64_t x = 0; x < width; ++x)
-      row[x] = combine(Real(Combine::identity), low_weight * low[x] + high_weight * high[x]);
+    for (int64_t x = 0; x < width; ++x) row[x] = combine(Real(Combine::identity), level[x]);
   } else {
 #pragma omp simd
-    for (int64_t x = 0; x < width; ++x) row[x] = combine(row[x], low_weight * low[x] + high_weight * high[x]);
+    for (int64_t x = 0; x < width; ++x) row[x] = combine(row[x], level[x]);
   }
-  if (level_row != nullptr) {
+}
+
+/// Likewise for weighted products, whose sums of logarithms are in two rows.
+template <class Real>
+void add_logarithms_to_row(const LevelRow<Real> level, int64_t width, Real* exact, Real* rest, bool first,
+                           WeightedProduct combine) {
+  if (first) {
 #pragma omp simd
-    for (int64_t x = 0; x < width; ++x) level_row[x] = low_weight * low[x] + high_weight * high[x];
+    for (int64_t x = 0; x < width; ++x) {
+      const LogarithmSum<Real> sum = combine(LogarithmSum<Real>(), level[x]);
+      exact[x] = sum.exact, rest[x] = sum.rest;
+    }
+  } else {
+#pragma omp simd
+    for (int64_t x = 0; x < width; ++x) {
+      const LogarithmSum<Real> sum = combine(LogarithmSum<Real>(exact[x], rest[x]), level[x]);
+      exact[x] = sum.exact, rest[x] = sum.rest;
+    }
   }
 }
 
@@ -162,28 +184,41 @@ double map_rows(const AnomalyMapParams& params, const void* const* distances, co
     }
   }
 
+  const bool is_weighted = is_weighted_product(params);
+  Real* const rest = scratch;  // of the logarithms
   Maximum<Real> maximum;
   for (int64_t y = begin; y < end; ++y) {
     Real* const row = map + y * width;
+    bool first = true;
     for (int index = 0; index < params.num_levels; ++index) {
       const Level& level = params.levels[index];
       const Real* const level_distances = static_cast<const Real*>(distances[index]);
       const auto source = interpolation<Real>(y, level.height, scale[index]);
       const Real* const low = stretched[index].get(source.low, level_distances, level.width, columns[index], width);
       const Real* const high = stretched[index].get(source.high, level_distances, level.width, columns[index], width);
-      Real* const level_row =
-          level_maps == nullptr ? nullptr : level_maps + (image * params.num_levels + index) * pixels + y * width;
-      const auto add_level = [&](auto combine) {
-        add_level_to_row(low, high, source.low_weight, source.high_weight, width, level_row, row, index == 0, combine);
-      };
+      const LevelRow<Real> level_row{low, high, source.low_weight, source.high_weight};
+      if (level_maps != nullptr) {
+        Real* const kept = level_maps + (image * params.num_levels + index) * pixels + y * width;
+#pragma omp simd
+        for (int64_t x = 0; x < width; ++x) kept[x] = level_row[x];
+      }
       if (params.combination == Combination::kSum)
-        add_level(WeightedSum{level.weight});
+        add_level_to_row(level_row, width, row, first, WeightedSum{level.weight});
       else if (params.combination == Combination::kMaximum)
-        add_level(WeightedMaximum{level.weight});
-      else if (level.weight == 1.0)
-        add_level(Product{level.weight});
+        add_level_to_row(level_row, width, row, first, WeightedMaximum{level.weight});
+      else if (!is_weighted)
+        add_level_to_row(level_row, width, row, first, Product{level.weight});
+      else if (level.weight != 0.0)
+        add_logarithms_to_row(level_row, width, row, rest, first, WeightedProduct(level.weight));
       else
-        add_level(WeightedProduct{level.weight});
+        continue;
+      first = false;
+    }
+    if (is_weighted) {
+      if (first)  // no level counts
+        for (int64_t x = 0; x < width; ++x) row[x] = rest[x] = 0;
+#pragma omp simd
+      for (int64_t x = 0; x < width; ++x) row[x] = WeightedProduct::result(LogarithmSum<Real>(row[x], rest[x]));
     }
     maximum.add_row(row, width);
   }
