@@ -107,6 +107,10 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def _arguments_of_model() -> type:
     """Make a class with the documented arguments of ``StfpmExt`` from its source, since its import takes seconds."""
     source = Path(__file__).parents[1] / "lightning_model.py"
+    if not source.exists():  # an installation of bytecode alone
+        from ..lightning_model import StfpmExt
+
+        return StfpmExt
     (model,) = (node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
     (init,) = (node for node in model.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     init.body = [ast.Pass()]
