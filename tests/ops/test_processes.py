@@ -101,7 +101,7 @@ from anomalib_stfpm_ext.ops import native
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])  # one processor for four threads and other programs
 loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
 try:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not native.threads_are_late():
         assert np.asarray(anomaly_map(*features, (256, 256))[0]).tobytes() == expected
         assert time.monotonic() < end, "threads that do not get the processor are not noticed"
@@ -112,6 +112,7 @@ finally:
 """
 
 
+@pytest.mark.skipif("STFPM_EXT_SANITIZE" in os.environ, reason="a sanitizer slows the work, not the wait")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to leave one processor to the process")
 def test_threads_that_begin_late_are_done_without(python):
     python(PREAMBLE + WITH_TORCH + "expected = np.asarray(anomaly_map(*features, (256, 256))[0]).tobytes()\n" + BUSY)
