@@ -75,10 +75,9 @@ for folder in sys.stdin:
 
 @pytest.fixture(scope="session")
 def host() -> Iterator[subprocess.Popen[str]]:
-    """Start an interpreter that has imported torch and much else, but neither anomalib nor us, and forks for scripts."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as host:
+    """Start an interpreter that forks for each script; it has imported torch and much else, but nothing of anomalib."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOST], text=True, **pipes) as host:
         yield host
         host.stdin.close()
 
