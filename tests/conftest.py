@@ -45,6 +45,61 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+# Most of the time of `import anomalib` is that of packages that know nothing of us.
+HOST = """
+import os, signal, sys, traceback
+import torch
+import kornia, lightning.pytorch, matplotlib.pyplot, onnx, pandas, skimage.measure, sklearn.ensemble, timm, torchvision
+assert not [name for name in sys.modules if name.startswith("anomalib")]
+for folder in sys.stdin:
+    child = os.fork()
+    if not child:
+        signal.alarm(300)
+        os.chdir(folder.strip())
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), number)
+        code = 0
+        try:
+            exec(open("script.py").read(), {"__name__": "__main__"})
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the end of an interpreter takes longer than most scripts
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[subprocess.Popen[str]]:
+    """Start an interpreter that forks for each script; it has imported torch and much else, but nothing of anomalib."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOST], text=True, **pipes) as host:
+        yield host
+        host.stdin.close()
+
+
+@pytest.fixture
+def forked(
+    host: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script as `python` does, but in a fork of `host`, where it is the first to import anomalib."""
+
+    def run(script: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("forked")
+        (folder / "script.py").write_text(script)
+        print(folder, file=host.stdin, flush=True)
+        code = int(host.stdout.readline())
+        printed, told = ((folder / name).read_text() for name in ("stdout", "stderr"))
+        assert not check or code == 0, told
+        return subprocess.CompletedProcess([], code, printed, told)
+
+    return run
+
+
 class SignalStack(ctypes.Structure):
     """stack_t of signal.h."""
 

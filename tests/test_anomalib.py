@@ -174,7 +174,7 @@ def test_what_anomalib_does_to_every_model(monkeypatch, mvtec_ad, tmp_path):
     def objects() -> tuple[StfpmExt, MVTecAD, Engine]:
         data = MVTecAD(root=mvtec_ad, category="bottle", train_batch_size=2, num_workers=0)
         engine = Engine(logger=False, default_root_dir=tmp_path, max_epochs=1, devices=1, max_steps=-1)
-        return get_model("stfpm_ext", backbone=BACKBONE, layers=LAYERS), data, engine
+        return get_model("stfpm_ext", backbone=BACKBONE, layers=LAYERS, image_size=(64, 64)), data, engine
 
     model, data, engine = objects()
     engine.fit(model=model, datamodule=data)

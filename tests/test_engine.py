@@ -26,7 +26,7 @@ def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Eng
 
     seed_everything(seed)
     engine = Engine(max_epochs=4, accelerator="cpu", default_root_dir=output, logger=False)
-    model = StfpmExt("resnet18", teacher_weights=weights, lr=0.1, visualizer=False)
+    model = StfpmExt("test_resnet", teacher_weights=weights, lr=0.1, image_size=(48, 64), visualizer=False)
     return engine, model, engine.train(model, datamodule=folder(images))
 
 
@@ -37,8 +37,8 @@ def scores(model: StfpmExt, images: Path, **arguments) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def trained(images, resnet18_weights, tmp_path_factory):
-    engine, model, metrics = train(images, resnet18_weights, tmp_path_factory.mktemp("trained"))
+def trained(images, small_weights, tmp_path_factory):
+    engine, model, metrics = train(images, small_weights, tmp_path_factory.mktemp("trained"))
     return model, Path(engine.trainer.checkpoint_callback.best_model_path), metrics
 
 
@@ -46,9 +46,9 @@ def test_training_learns_to_tell_good_from_bad(trained):
     assert trained[2][0]["image_AUROC"] == 1.0
 
 
-def test_same_seed_same_scores(trained, images, resnet18_weights, tmp_path):
-    again = train(images, resnet18_weights, tmp_path)[1]
-    other = train(images, resnet18_weights, tmp_path, seed=1)[1]
+def test_same_seed_same_scores(trained, images, small_weights, tmp_path):
+    again = train(images, small_weights, tmp_path)[1]
+    other = train(images, small_weights, tmp_path, seed=1)[1]
     assert torch.equal(scores(again, images), scores(trained[0], images))
     assert not torch.equal(scores(other, images), scores(trained[0], images))
 
@@ -57,9 +57,9 @@ def test_checkpoint_loads_without_the_teachers_file(trained, images):
     model, checkpoint, _ = trained
     expected = scores(model, images)
     assert torch.equal(scores(StfpmExt.load_from_checkpoint(checkpoint), images), expected)
-    assert torch.equal(scores(StfpmExt("resnet18", teacher_weights=False), images, ckpt_path=checkpoint), expected)
+    assert torch.equal(scores(StfpmExt("test_resnet", teacher_weights=False), images, ckpt_path=checkpoint), expected)
     content = torch.load(checkpoint, weights_only=True)
-    assert content["hyper_parameters"]["backbone"] == "resnet18"
+    assert content["hyper_parameters"]["backbone"] == "test_resnet"
 
 
 class HardGradients(Callback):
@@ -207,8 +207,8 @@ def test_benchmark(images, tmp_path):
         assert "image_AUROC" in next(csv.DictReader(file))
 
 
-def test_diagnosis(python):
-    result = python("import runpy; runpy.run_module('anomalib_stfpm_ext', run_name='__main__')", check=False)
+def test_diagnosis(forked):
+    result = forked("import runpy; runpy.run_module('anomalib_stfpm_ext', run_name='__main__')", check=False)
     assert result.returncode == 0, result.stdout
     assert "anomalib knows it    yes" in result.stdout
     assert "NO:" not in result.stdout

@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory):
 
 
 def make_model() -> StfpmExt:
-    return StfpmExt("test_resnet", ["layer1", "layer2"], teacher_weights=False, seed=0)
+    return StfpmExt("test_resnet", ["layer1", "layer2"], False, image_size=(64, 64), seed=0, visualizer=False)
 
 
 def write_pgm(path: Path, maximum: int) -> None:

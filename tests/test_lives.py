@@ -399,11 +399,12 @@ def live(lives: type[Life], number: int, **options: object) -> None:
 
 
 def test_whole_lives(lives):
-    live(lives, 8, derandomize=True)
+    live(lives, 4, derandomize=True)
 
 
 @pytest.mark.slow
 def test_more_lives(lives):
+    live(lives, 8, derandomize=True)
     live(seed(1)(lives), 40)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from anomalib_stfpm_ext import StfpmExt
 
-EPOCHS, STEPS_PER_EPOCH, SIZE = 10, 2, (64, 64)
+EPOCHS, STEPS_PER_EPOCH, SIZE = 5, 2, (48, 64)
 
 
 class ResNetLevels(nn.Module):

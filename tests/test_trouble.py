@@ -299,8 +299,9 @@ def test_a_batch_size_finder_leaves_the_steps_to_the_fit(make_model, images, tmp
     assert not any("fit: no step was made" in message for message in told)
 
 
-def test_an_untrained_student_is_told(fit, images, tmp_path, told):
+def test_an_untrained_student_is_told(fit, images, tmp_path, told, monkeypatch):
     """Whatever is made of it; a fit that makes no step leaves it untrained, and so does a checkpoint."""
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)  # it takes seconds
     make_model = partial(StfpmExt, "test_resnet", ["layer1"], False, image_size=(48, 64), visualizer=False)
 
     def tells(use, *arguments) -> bool:
@@ -935,10 +936,10 @@ def test_overlays_of_a_crop_show_what_the_model_sees(make_model, tmp_path, monke
     assert batch.image[0, :, 14:].max() < 0.1
 
 
-def test_a_forked_worker_with_one_thread_scores(make_model, tmp_path, python):
+def test_a_forked_worker_with_one_thread_scores(make_model, tmp_path, forked):
     """With more threads torch itself hangs there, where its parent has used them."""
     save_checkpoint(make_model(), tmp_path / "model.ckpt")
-    python(
+    forked(
         f"""
 import os, sys, time
 import torch

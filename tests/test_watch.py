@@ -106,15 +106,6 @@ def test_output_that_is_not_utf_8(checkpoint, folder, monkeypatch, encoding):
     assert "gr\\xf6\\xdfe \\u2713" in text if encoding == "ascii" else "größe \\u2713" in text
 
 
-def test_a_machine_without_a_locale(checkpoint, folder):
-    folder = folder.rename(folder.with_name("größe ✓"))
-    command = [sys.executable, "-m", "anomalib_stfpm_ext.watch", checkpoint, folder, "--once", "--patience", "0"]
-    without = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    csv_file = folder.parent / "scores.csv"
-    subprocess.run([*command, "--csv", csv_file], env=os.environ | without, check=True, capture_output=True)
-    assert len(rows(folder)) == 9
-
-
 def test_export_scores_as_anomalibs_inferencer_does(checkpoint, folder, tmp_path, monkeypatch):
     export = StfpmExt.load_from_checkpoint(checkpoint).to_torch(tmp_path)
     with pytest.raises(SystemExit, match=r"ValueError: checkpoint: .*TRUST_REMOTE_CODE"):
@@ -391,9 +382,15 @@ def test_bad_arguments(checkpoint, folder, tmp_path):
 
 
 def test_line(checkpoint, folder, tmp_path):
-    """A process of its own: images arrive, the folder goes and comes back, a second process is refused, it ends."""
+    """A process of its own: images arrive, the folder goes and comes back, a second process is refused, it ends.
+
+    Its machine has no locale, and the folder a name that needs one.
+    """
+    folder = folder.rename(folder.with_name("größe ✓"))
+    without = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "anomalib_stfpm_ext.watch", checkpoint, folder, "--csv", tmp_path / "scores.csv"]
-    process = subprocess.Popen([*command, "--interval", "0.1"], stderr=subprocess.PIPE, text=True)
+    command += ["--interval", "0.1"]
+    process = subprocess.Popen(command, env=os.environ | without, stderr=subprocess.PIPE, text=True)
 
     def wait_for(*names: str) -> None:
         for _ in range(1800):
@@ -404,7 +401,8 @@ def test_line(checkpoint, folder, tmp_path):
         pytest.fail(f"no row of {names}")
 
     try:
-        wait_for("bad/0.png", "grey.jpg")
+        bad = [f"bad/{index}.png" for index in range(4)]
+        wait_for(*bad, "grey.jpg", "alpha.png", "cmyk.tif", "bits.bmp", "deep.PNG")
         with pytest.raises(SystemExit, match=r"BlockingIOError.*another process writes to it"):
             watch(checkpoint, folder, "--once")
         shutil.copyfile(folder / "bad" / "0.png", folder / ".arriving")

@@ -46,10 +46,10 @@ class Statistics(Checkpoint):
 
 
 @pytest.fixture
-def make_model(resnet18_weights):
+def make_model(small_weights):
     def make(**arguments) -> StfpmExt:
-        settings = {"layers": ["layer1", "layer2"], "teacher_weights": resnet18_weights, "lr": 0.05, "seed": 0}
-        return StfpmExt("resnet18", **(settings | {"image_size": (48, 64), "visualizer": False} | arguments))
+        settings = {"layers": ["layer1", "layer2"], "teacher_weights": small_weights, "lr": 0.05, "seed": 0}
+        return StfpmExt("test_resnet", **(settings | {"image_size": (48, 64), "visualizer": False} | arguments))
 
     return make
 
@@ -67,7 +67,7 @@ def fit(images, tmp_path):
 
 
 def first_norm(model: StfpmExt) -> nn.BatchNorm2d:
-    return model.model.student_model.feature_extractor.bn1
+    return model.model.student_model.feature_extractor.conv1[1]
 
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}  # in float32
@@ -75,7 +75,7 @@ SAME = {"rtol": 1e-5, "atol": 1e-6}  # in float32
 
 def by_hand(model: StfpmExt, batches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute mean and variance of the first convolution's features, over each batch and then over all batches."""
-    convolution = model.model.student_model.feature_extractor.conv1
+    convolution = model.model.student_model.feature_extractor.conv1[0]
     with torch.no_grad():
         features = [convolution(batch).double().transpose(0, 1).flatten(1) for batch in batches]
     return torch.stack([f.mean(1) for f in features]).mean(0), torch.stack([f.var(1) for f in features]).mean(0)
@@ -102,7 +102,7 @@ def test_losses_are_the_same(make_model, fit):
     runs = {}
     for precise_bn in (True, False):
         model, runs[precise_bn] = make_model(precise_bn=precise_bn), Batches()
-        convolution = model.model.student_model.feature_extractor.conv1
+        convolution = model.model.student_model.feature_extractor.conv1[0]
         convolution.register_forward_hook(lambda module, _, features: dropout(features, 0.1, module.training))
         fit(model, runs[precise_bn])
     assert runs[True].losses == runs[False].losses

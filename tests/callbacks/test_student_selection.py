@@ -45,12 +45,12 @@ from anomalib_stfpm_ext.selection.synthetic import add_anomaly
 
 
 @pytest.fixture
-def make_model(resnet18_weights):
+def make_model(small_weights):
     def make(**arguments) -> StfpmExt:
-        settings = {"layers": ["layer1", "layer2"], "teacher_weights": resnet18_weights, "lr": 0.05, "seed": 0}
+        settings = {"layers": ["layer1", "layer2"], "teacher_weights": small_weights, "lr": 0.05, "seed": 0}
         settings |= {"pre_processor": StfpmExt.configure_pre_processor((48, 64)), "visualizer": False}
         settings |= {"precise_bn": False}  # which would change the students that these tests make
-        return StfpmExt("resnet18", **(settings | arguments))
+        return StfpmExt("test_resnet", **(settings | arguments))
 
     return make
 
@@ -103,7 +103,7 @@ class Steer(Callback):
         generator = torch.Generator().manual_seed(epoch)
         return {
             name: tensor + self.noise[epoch] * tensor.std() * torch.randn(tensor.shape, generator=generator)
-            if name.endswith("conv1.weight")
+            if name.endswith(("conv1.weight", "conv1.0.weight"))
             else tensor
             for name, tensor in model.model.teacher_model.state_dict().items()
         }
@@ -139,7 +139,7 @@ class Shake(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.current_epoch == 1:
-            pl_module.model.student_model.feature_extractor.conv1.weight.data *= -1
+            pl_module.model.student_model.feature_extractor.conv1[0].weight.data *= -1
 
 
 def test_the_split_is_the_authors_and_leaves_the_random_state_alone():
@@ -467,11 +467,11 @@ def test_checkpoints_of_other_networks(make_model, fit):
     checkpoint = fit(make_model(), epochs=1).best_model_path
     for arguments, message in (
         ({"layers": ["layer2"]}, r"layers: wanted \['layer1', 'layer2'\] as in the checkpoint, got \['layer2'\]"),
-        ({"backbone": "resnet34"}, "backbone: wanted resnet18 as in the checkpoint, got resnet34"),
+        ({"backbone": "resnet34"}, "backbone: wanted test_resnet as in the checkpoint, got resnet34"),
     ):
         with pytest.raises(ValueError, match=message):
             StfpmExt.load_from_checkpoint(checkpoint, **arguments)
-    StfpmExt.load_from_checkpoint(checkpoint, backbone="resnet18.tv_in1k")  # of the same network
+    StfpmExt.load_from_checkpoint(checkpoint, backbone="test_resnet.r160_in1k")  # of the same network
     with pytest.raises(ValueError, match="combine_at: wanted image as in the checkpoint, got finest"):
         fit(make_model(combine_at="finest"), epochs=2, ckpt_path=checkpoint)
 
