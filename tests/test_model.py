@@ -209,7 +209,7 @@ def test_bad_arguments(arguments, error, message):
         (torch.rand(3, 64, 64), r"\(3, 64, 64\) of torch.float32 on cpu"),
         (torch.rand(1, 3, 64, 64, device="meta"), r"\(1, 3, 64, 64\) of torch.float32 on meta"),
     ],
-    ids=str,
+    ids=["double", "bytes", "gray", "no batch", "meta"],
 )
 def test_bad_images(images, got, training):
     model = StfpmExtModel("test_resnet", ["layer1", "layer3"], teacher_weights=False).train(training)
