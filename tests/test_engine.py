@@ -26,7 +26,7 @@ def train(images: Path, weights: Path, output: Path, seed: int = 0) -> tuple[Eng
 
     seed_everything(seed)
     engine = Engine(max_epochs=4, accelerator="cpu", default_root_dir=output, logger=False)
-    model = StfpmExt("test_resnet", teacher_weights=weights, lr=0.1, image_size=(48, 64), visualizer=False)
+    model = StfpmExt("test_resnet", teacher_weights=weights, lr=0.1, visualizer=False)
     return engine, model, engine.train(model, datamodule=folder(images))
 
 

@@ -21,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-std::atomic<bool> is_forked_child{false};
+[[maybe_unused]] std::atomic<bool> is_forked_child{false};
 
 /// torch makes the symbols of its OpenMP runtime (libgomp, libomp or libiomp5) global, so that this needs no link to
 /// it. In a forked child, the runtime's threads do not exist, and libgomp hangs.
