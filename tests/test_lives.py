@@ -259,7 +259,7 @@ class Life(RuleBasedStateMachine):
         before = student_of(self._load(path) if path else model)
         options = {} if plan.validates else {"limit_val_batches": 0}
         engine = self._new_engine(
-            *([finder()] if plan.finds else []),
+            *([finder()] if plan.finds and plan.epochs else []),
             max_epochs=plan.epochs,
             check_val_every_n_epoch=plan.every,
             **options,
