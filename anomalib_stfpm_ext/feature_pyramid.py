@@ -109,6 +109,22 @@ class FeaturePyramid(nn.Module):
         parts = [copy.network.forward(part.to(copy.dtype)) for part in self._parts(images)]
         return self._by_level(parts[0] if len(parts) == 1 else list(map(torch.cat, zip(*parts, strict=True))))
 
+    def check_images(self, images: torch.Tensor) -> None:
+        """Raise unless the network takes the images.
+
+        Args:
+            images (torch.Tensor): Normalised images, which should be ``(B, 3, H, W)``.
+
+        Raises:
+            ValueError: If they have another shape, another dtype without autocast, or are on another device.
+        """
+        weight, shape = next(self.parameters()), tuple(images.shape)
+        is_cast = torch.is_autocast_enabled(weight.device.type)
+        fits = images.device == weight.device and (images.dtype == weight.dtype or is_cast)
+        if len(shape) != 4 or shape[1] != 3 or not fits:
+            wanted = f"(B, 3, H, W) of {weight.dtype} on {weight.device}"
+            fail(ValueError, "images", wanted, f"{shape} of {images.dtype} on {images.device}")
+
     def inference_copy(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> InferenceCopy | None:
         """Return the inference copy, up to date, if nothing but features is needed.
 

@@ -63,8 +63,7 @@ class StfpmExt(ExactExports, AnomalibModule):
 
     Args:
         backbone (str): timm's name for the network. Defaults to ``"resnet18.tv_in1k"``, torchvision's as in the paper.
-        layers (Sequence[str]): Levels of the pyramid to compare, by timm's names. Defaults to
-            ``("layer1", "layer2", "layer3")``.
+        layers (Sequence[str]): Levels to compare, by timm's names. Defaults to ``("layer1", "layer2", "layer3")``.
         teacher_weights (bool | Path): Local ``.pth`` or ``.safetensors`` file with the teacher's weights. ``True``:
             the file that the environment variable ``STFPM_EXT_TEACHER_WEIGHTS`` names; otherwise timm's pretrained
             weights, from torch hub's cache, timm's cache or the internet. ``False``: none; a checkpoint brings them.
@@ -165,6 +164,8 @@ class StfpmExt(ExactExports, AnomalibModule):
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of a batch of good images; ``None`` skips a single image whose features lack variance."""
+        if not self.model.training:  # as an aborted test or a callback leaves it
+            self.model.train()
         try:
             with DepthwiseGradients():
                 teacher, student = self.model(batch.image, self.cached_teacher)

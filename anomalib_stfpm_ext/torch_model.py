@@ -124,19 +124,8 @@ class StfpmExtModel(nn.Module):
                 return self._run_networks(images)
             return teacher(images), self._student_features(images)
         except RuntimeError:
-            self._check_images(images)  # names what it complains of
+            self.teacher_model.check_images(images)  # names what it complains of
             raise
-
-    def _check_images(self, images: torch.Tensor) -> None:
-        weight = next(self.teacher_model.parameters())
-        is_other = (images.dtype, images.device) != (weight.dtype, weight.device)
-        if (
-            images.dim() != 4
-            or images.shape[1] != 3
-            or (is_other and not torch.is_autocast_enabled(weight.device.type))
-        ):
-            got = f"{tuple(images.shape)} of {images.dtype} on {images.device}"
-            fail(ValueError, "images", f"(B, 3, H, W) of {weight.dtype} on {weight.device}", got)
 
     def _own_precision(self, images: torch.Tensor) -> AbstractContextManager[Any]:
         """Disable a caller's autocast: images are scored in the model's own :attr:`precision`."""

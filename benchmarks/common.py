@@ -115,27 +115,9 @@ class Timer:
         return time.perf_counter() - start
 
 
-def time_in_turns(
-    candidates: Mapping[str, Callable[[], Any]],
-    seconds: float,
-    clock: Callable[[Callable[[], Any]], float] | None = None,
-    before: Callable[[], Any] = lambda: None,
-    turns: int = 5,
-) -> dict[str, float]:
-    """Return the median seconds of each candidate.
-
-    Args:
-        candidates (Mapping[str, Callable]): What to time. All run in turn, so that a busy machine slows all of them.
-        seconds (float): How long to go on.
-        clock (Callable | None): Takes a candidate and returns its seconds. Defaults to the CPU's.
-        before (Callable): Called before each candidate, outside its time.
-        turns (int): The fewest turns.
-
-    Returns:
-        dict[str, float]: The medians by name.
-    """
-    samples = sample_in_turns(candidates, seconds, clock, before, turns)
-    return {name: statistics.median(of_name) for name, of_name in samples.items()}
+def time_in_turns(*arguments: Any, **options: Any) -> dict[str, float]:
+    """Return the median seconds of each candidate; the arguments are those of :func:`sample_in_turns`."""
+    return {name: statistics.median(samples) for name, samples in sample_in_turns(*arguments, **options).items()}
 
 
 def sample_in_turns(
@@ -145,7 +127,18 @@ def sample_in_turns(
     before: Callable[[], Any] = lambda: None,
     turns: int = 5,
 ) -> dict[str, list[float]]:
-    """Return all seconds that :func:`time_in_turns` makes its medians of."""
+    """Return the seconds that each candidate takes each time.
+
+    Args:
+        candidates (Mapping[str, Callable]): What to time. All run in turn, so that a busy machine slows all of them.
+        seconds (float): How long to go on.
+        clock (Callable | None): Takes a candidate and returns its seconds. Defaults to the CPU's.
+        before (Callable): Called before each candidate, outside its time.
+        turns (int): The fewest turns.
+
+    Returns:
+        dict[str, list[float]]: The seconds by name.
+    """
     clock = clock or Timer().wall_seconds
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():

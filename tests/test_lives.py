@@ -71,6 +71,7 @@ MODELS = st.fixed_dictionaries(
         "layers": st.sampled_from([("layer1", "layer3"), ("layer1",), OmegaConf.create(["layer1", "layer3"])]),
         "held_out_share": st.sampled_from([0.5, np.float32(0.5), Fraction(3, 10), 0]),
         "selection": st.sampled_from(["synthetic", "held_out_map"]),
+        "hard_share": st.sampled_from([1, 0.1]),
         "precise_bn": st.booleans(),
         "inference_precision": st.sampled_from([None, "auto", *PRECISIONS]),
         "post_processor": st.sampled_from([True, True, False]),

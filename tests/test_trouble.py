@@ -286,12 +286,33 @@ def test_a_fit_without_steps_is_told(make_model, fit, told, steps):
     assert any("fit: no step was made" in message for message in told)
 
 
-def test_a_batch_size_finder_leaves_the_steps_to_the_fit(make_model, images, tmp_path, told):
-    """It sets max_steps for its trials, at whose end the fit that follows must not end, too."""
-    finder = BatchSizeFinder("power", steps_per_trial=2, init_val=2, max_trials=1, batch_arg_name="train_batch_size")
-    model = make_model()
+def finder() -> BatchSizeFinder:
+    return BatchSizeFinder("power", steps_per_trial=2, init_val=2, max_trials=1, batch_arg_name="train_batch_size")
+
+
+def test_a_fit_that_only_finds_its_batch_size_is_told(make_model, images, tmp_path, told):
+    """The steps of the finder, which it takes back, are none of the fit. What a validation has set stays."""
+    model, data = make_model(), folder(images)
+    Engine(default_root_dir=tmp_path, **QUIET).validate(model, datamodule=data)
+
+    def tensors() -> dict[str, torch.Tensor]:  # no image has masks, so pixels have no threshold
+        return {name: t.nan_to_num(9) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+
+    before = tensors()
+    Engine(callbacks=[finder()], default_root_dir=tmp_path, max_epochs=0, **QUIET).fit(model, datamodule=data)
+    assert any("fit: no step was made" in message for message in told)
+    assert same(tensors(), before)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_batch_size_finder_leaves_the_steps_to_the_fit(make_model, images, tmp_path, told, is_training):
+    """It sets max_steps for its trials, at whose end the fit that follows must not end, too.
+
+    It makes them without callbacks. An aborted test leaves a model that is not in training mode.
+    """
+    model = make_model().train(is_training)
     before = trained_student(model)
-    engine = Engine(callbacks=[finder], default_root_dir=tmp_path, max_epochs=2, **QUIET)
+    engine = Engine(callbacks=[finder()], default_root_dir=tmp_path, max_epochs=2, **QUIET)
     engine.fit(model, datamodule=folder(images))
     assert [measurement.epoch for measurement in model.student_selection.history] == [0, 1]
     assert not same(trained_student(model), before)

@@ -75,13 +75,10 @@ class Checks(Callback):
         check_collation(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the images, and return to training mode where an aborted test or a callback has left it."""
+        """Check the images."""
         del trainer
-        model: Any = pl_module
-        if not model.model.training:
-            model.model.train()
         if batch_idx == 0:
-            check_range(model, batch)
+            check_range(pl_module, batch)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -151,6 +151,8 @@ class StudentSelection(Callback):
         """
         model: Any = pl_module
         self.is_fitting = True
+        if self._before is None and not self._saved_step:  # a finder has taken its steps back
+            self._before = Record.take(model)
         resumed, self._resumed = self._resumed, None
         if not self.share:
             return
